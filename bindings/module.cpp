@@ -1,0 +1,11 @@
+// The extension prefcore._C: raw pointers, sizes, device index and stream. It knows nothing of torch.
+#include <pybind11/pybind11.h>
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "prefcore's C++/CUDA kernels on raw pointers; use them through prefcore.ops.";
+#ifdef PREFCORE_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+}

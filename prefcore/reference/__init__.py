@@ -1,0 +1,1 @@
+"""The oracle of each op: the shortest readable PyTorch, in the dtype it is given, differentiable."""
