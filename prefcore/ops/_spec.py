@@ -17,6 +17,7 @@ class Row(IntEnum):
     SHIFTED = 3  # sum of exp(z - PEAK) * (z - PEAK), for the entropy
     SUM = 4  # sum of z
     SQUARES = 5  # sum of exp(2 * (z - PEAK))
+    BEFORE = 6  # max z at columns before the target's; -inf before the first slice. Ties go to the first, as in argmax
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,4 @@ class LogitSpec:
     entropy: bool = False  # keep Row.SHIFTED
     mean: bool = False  # keep Row.SUM
     squares: bool = False  # keep Row.SQUARES
+    top1: bool = False  # keep Row.BEFORE
