@@ -3,6 +3,11 @@
 Importing this package needs torch alone; triton and transformers are imported when something asks for them.
 """
 
+from prefcore._types import TokenStats
+from prefcore.ops._plan import Plan, plan
+from prefcore.ops.linear_logprobs import linear_logprobs
+from prefcore.ops.logprobs import logprobs
+
 __version__ = "0.1.0"
 
-__all__: list[str] = []
+__all__ = ["Plan", "TokenStats", "linear_logprobs", "logprobs", "plan"]

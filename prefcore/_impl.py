@@ -63,9 +63,7 @@ def resolve(impl: Impl, op: str, device: torch.device) -> Impl:
         if os.environ.get("PREFCORE_FALLBACK") == "1":
             _warn_once(f"{text}; running the reference instead, slow and in full memory")
             return "reference"
-        raise NotImplementedError(
-            f"{text}. PREFCORE_FALLBACK=1 in the environment permits the slow reference instead"
-        )
+        raise NotImplementedError(f"{text}. PREFCORE_FALLBACK=1 in the environment permits the slow reference instead")
     if impl == "reference":
         return impl
     if impl not in offered.values():

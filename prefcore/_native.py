@@ -22,9 +22,7 @@ def require() -> ModuleType:
     """The extension, for callers that :mod:`prefcore._impl` has already let through."""
     extension = load()
     if extension is None:
-        raise NotImplementedError(
-            "prefcore._C is not built; run `pip install .` in a checkout with a C++17 compiler"
-        )
+        raise NotImplementedError("prefcore._C is not built; run `pip install .` in a checkout with a C++17 compiler")
     return extension
 
 

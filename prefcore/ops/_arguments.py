@@ -1,0 +1,115 @@
+"""Checks and conversions that ``linear_logprobs`` and ``logprobs`` share."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefcore._types import OUTPUTS, TokenStats
+from prefcore.ops._stats import accumulator_dtype
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_type(name: str, value: Any, kind: type, *, optional: bool = False) -> None:
+    if not isinstance(value, kind) and not (optional and value is None):
+        expected = f"{kind.__name__}{' or None' if optional else ''}"
+        raise TypeError(f"{name} must be a {expected}, got {type(value).__name__}")
+    if isinstance(value, Tensor) and hasattr(value, "full_tensor"):
+        raise NotImplementedError(
+            f"{name} is a DTensor; gather it first, `{name}.full_tensor()`, or hand over the local computation"
+        )
+
+
+def check_logit_options(
+    softcap: float | None, logit_scale: float, ignore_index: int, outputs: Sequence[str]
+) -> frozenset[str]:
+    """Refuse options out of their domain; return the names of the wanted outputs."""
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs must be a sequence of names, got the string {outputs!r}")
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown:
+        raise ValueError(f"outputs may name {OUTPUTS}, got {unknown}")
+    if softcap is not None and not (_number("softcap", softcap) > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    if not math.isfinite(_number("logit_scale", logit_scale)):
+        raise ValueError(f"logit_scale must be finite, got {logit_scale}")
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    return frozenset(outputs)
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return value
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"expected all tensors on one device, got { ({n: str(d) for n, d in devices.items()}) }")
+
+
+def check_target_dtype(targets: Tensor) -> None:
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64, got {targets.dtype}")
+
+
+def row_temperature(temperature: float | Tensor, targets: Tensor, like: Tensor) -> tuple[float, Tensor | None]:
+    """A number, and ``[T]`` temperatures in the accumulator's type where they differ by row."""
+    if not isinstance(temperature, Tensor):
+        if not (_number("temperature", temperature) > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        return float(temperature), None
+    if temperature.requires_grad:
+        raise NotImplementedError("temperature is not differentiable here; detach it")
+    if temperature.shape != targets.shape or not temperature.is_floating_point():
+        raise ValueError(
+            f"temperature must be a number or a float tensor shaped like targets, {tuple(targets.shape)}, "
+            f"got {tuple(temperature.shape)} of {temperature.dtype}"
+        )
+    check_same_device(targets=targets, temperature=temperature)
+    return 1.0, temperature.to(accumulator_dtype(like.dtype)).reshape(-1)
+
+
+def check_targets(targets: Tensor, vocab: int, ignore_index: int, temperature: Tensor | None) -> None:
+    """Refuse values out of range, where looking at them costs no synchronisation or was asked for."""
+    if targets.device.type != "cpu" and os.environ.get("PREFCORE_CHECK") != "1":
+        return
+    bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"targets must be in [0, {vocab}) or ignore_index {ignore_index}, got {int(targets[row])} at row {row}"
+        )
+    if temperature is not None and not bool((temperature > 0).all()):
+        raise ValueError(f"temperature must be positive, got {float(temperature.min())}")
+
+
+def stats_settings(
+    temperature: float, softcap: float | None, logit_scale: float, ignore_index: int, names: frozenset[str]
+) -> dict[str, Any]:
+    """The fields of ``StatsSettings``."""
+    return {
+        "temperature": temperature,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "ignore_index": ignore_index,
+        "entropy": "entropy" in names,
+        "logsumexp": "logsumexp" in names,
+        "top1": "is_top1" in names,
+        "mean": "mean_logits" in names,
+        "squares": "log_sum_sq_probs" in names,
+    }
+
+
+def token_stats(values: Sequence[Tensor], names: frozenset[str], shape: torch.Size) -> TokenStats:
+    """Statistics in the order of :class:`TokenStats`, None where not requested."""
+    logps, *others = (value.view(shape) if value.shape[0] == shape.numel() else value for value in values)
+    return TokenStats(logps, *(v if name in names else None for name, v in zip(OUTPUTS, others, strict=True)))

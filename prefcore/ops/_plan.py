@@ -1,0 +1,214 @@
+"""Which schedule a head call runs, in which tiles, and what that costs."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+Schedule = Literal["auto", "forward", "frozen", "retain", "recompute"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+
+# Width of a vocabulary slice. Wide slices keep the traffic of the float32 accumulators [T, D] small beside the
+# GEMMs; on a CPU a narrower tile stays nearer to the last-level cache.
+_COLS = {"cpu": 4096, "cuda": 32768}
+# No budget makes tiles smaller than this: below it a GEMM wastes more than the memory is worth.
+_MIN_ROWS, _MIN_COLS = 128, 1024
+_UNBOUNDED = 1 << 62
+
+
+class Tiles(NamedTuple):
+    """How the ``[T, V]`` logits are walked."""
+
+    rows: int  #: tokens in one tile
+    cols: int  #: vocabulary entries in one tile
+    retained: int  #: leading tokens whose logits stay in memory until the backward
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call of ``linear_logprobs`` does, forward and backward together."""
+
+    schedule: str  #: ``forward``, ``frozen``, ``retain``, ``mixed`` or ``recompute``
+    tiles: Tiles
+    flops: int  #: of the GEMMs
+    bytes: int  #: estimated memory traffic, each operand of a GEMM or row pass counted once per use
+    peak_bytes: int  #: most memory held beside the caller's tensors and the gradients returned
+    reason: str
+
+
+class Limits(NamedTuple):
+    """The part of a plan that does not depend on the number of tokens."""
+
+    tile_rows: int
+    tile_cols: int
+    retained_rows: int
+
+
+@functools.cache
+def default_budget(device: torch.device) -> int:
+    """1/16 of the device's total memory: every step and every rank of a job decides alike."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total // 16
+
+
+def limits(V: int, itemsize: int, device: torch.device, schedule: str, memory_budget: int | None) -> Limits:
+    """Tile sizes and the number of rows that may be retained, for logits of ``itemsize`` bytes."""
+    budget = default_budget(device) if memory_budget is None else memory_budget
+    tile_bytes = budget // 8
+    target = _COLS.get(device.type, _COLS["cuda"])
+    while True:
+        even = -(-V // -(-V // target))  # the width of equally wide slices
+        cols = min(V, -(-even // 256) * 256)
+        rows = tile_bytes // (cols * itemsize) // _MIN_ROWS * _MIN_ROWS
+        if rows >= 1024 or target <= _MIN_COLS:
+            break
+        target //= 2
+    rows = max(rows, _MIN_ROWS)
+    if schedule == "retain" and memory_budget is None:
+        retained = _UNBOUNDED
+    elif schedule in ("auto", "retain"):
+        retained = max(0, budget - tile_bytes) // (V * itemsize) // _MIN_ROWS * _MIN_ROWS
+    else:
+        retained = 0
+    return Limits(rows, cols, retained)
+
+
+def choose(schedule: str, hidden_grad: bool, weight_grad: bool) -> str:
+    """The schedule to run: ``auto`` made concrete, except that ``auto`` stays for logits kept as far as they fit.
+
+    Raises:
+        ValueError: ``frozen`` while the weight or the bias needs a gradient.
+    """
+    if not (hidden_grad or weight_grad):
+        return "forward"
+    if schedule == "frozen" and weight_grad:
+        raise ValueError(
+            "schedule='frozen' needs a weight and a bias without gradient, got one with requires_grad=True; "
+            "detach them or use schedule='auto'"
+        )
+    if schedule == "forward":
+        raise ValueError("schedule='forward' computes no gradient, but an input has requires_grad=True; use 'auto'")
+    if schedule == "auto" and not weight_grad:
+        return "frozen"
+    return schedule
+
+
+def plan(
+    T: int,
+    D: int,
+    V: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    hidden_requires_grad: bool = True,
+    weight_requires_grad: bool = True,
+    outputs: tuple[str, ...] = (),
+    schedule: Schedule = "auto",
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> Plan:
+    """What ``linear_logprobs`` will do for these shapes, without doing it.
+
+    A pure function of its arguments when ``memory_budget`` is given; without it the budget is 1/16 of the total
+    memory of ``device``, which must then be present.
+
+    Args:
+        T: target rows. D: hidden size. V: vocabulary size.
+        dtype: of hidden states and weight.
+        device: where they are; decides tile shapes.
+        hidden_requires_grad: whether the hidden states need a gradient.
+        weight_requires_grad: whether the weight or the bias needs one.
+        outputs: as in ``linear_logprobs``; ``entropy`` and ``logsumexp`` keep raw logits in ``retain``.
+        schedule: as in ``linear_logprobs``.
+        memory_budget: bytes of logits held at once.
+        logits_dtype: as in ``linear_logprobs``.
+
+    Returns:
+        A :class:`Plan`.
+
+    Raises:
+        ValueError: a negative size or budget, an unknown schedule, or one that these flags rule out.
+    """
+    if min(T, D, V) < 0 or V == 0 or D == 0:
+        raise ValueError(f"expected T >= 0, D >= 1 and V >= 1, got T={T}, D={D}, V={V}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
+    if memory_budget is not None and memory_budget < 0:
+        raise ValueError(f"memory_budget must not be negative, got {memory_budget}")
+    device = torch.device(device)
+    chosen = choose(schedule, hidden_requires_grad, weight_requires_grad)
+    operand, tile_dtype, _ = types(device, dtype, logits_dtype)
+    raw = bool({"entropy", "logsumexp"} & set(outputs))
+    kept_size = (tile_dtype if raw else operand).itemsize
+    bounds = limits(V, max(kept_size, tile_dtype.itemsize), device, chosen, memory_budget)
+    retained = min(T, bounds.retained_rows) if chosen in ("auto", "retain") else 0
+    rows, cols = min(T, bounds.tile_rows), bounds.tile_cols
+    walked = T - retained
+    slices = -(-V // cols)
+
+    unit = 2 * T * D * V
+    grads = hidden_requires_grad + weight_requires_grad
+    size, tile_size = operand.itemsize, tile_dtype.itemsize
+    gemm = (T * D * slices + V * D) * size + T * V * tile_size
+    tile_pass = T * V * tile_size
+    accumulator = T * D * max(4, size)
+    if chosen == "forward":
+        flops, traffic, peak = unit, gemm + tile_pass, rows * cols * tile_size
+        name, reason = "forward", "no gradient is wanted: one sweep over the vocabulary"
+    elif chosen == "frozen":
+        flops, traffic = 2 * unit, 2 * gemm + 3 * tile_pass + 2 * slices * accumulator
+        peak = rows * cols * (tile_size + (size if tile_size != size else 0)) + accumulator
+        name, reason = (
+            "frozen",
+            "neither weight nor bias needs a gradient: the forward finds all the backward needs",
+        )
+    else:
+        recomputed = 2 * walked * D * V
+        flops = unit * (1 + grads) + recomputed
+        traffic = gemm * (1 + grads) + (walked * D * slices + V * D) * size + 3 * tile_pass
+        scratch = rows * cols * tile_size if walked or raw else 0
+        peak = retained * V * kept_size + scratch + 2 * accumulator
+        name = "retain" if walked == 0 else "recompute" if retained == 0 else "mixed"
+        budget = default_budget(device) if memory_budget is None else memory_budget
+        if schedule == name:
+            reason = f"schedule={name!r} was asked for"
+        elif name == "retain":
+            reason = f"the logits of all {T} rows fit the budget of {budget:,} bytes"
+        elif name == "recompute":
+            reason = f"the budget of {budget:,} bytes holds the logits of fewer than {_MIN_ROWS} rows"
+        else:
+            reason = f"the logits of {retained} of {T} rows fit the budget of {budget:,} bytes; the rest is recomputed"
+    return Plan(name, Tiles(rows, cols, retained), flops, traffic, peak, reason)
+
+
+@functools.cache
+def _cpu_has_bfloat16_units() -> bool:
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+class Types(NamedTuple):
+    """The element types of one call."""
+
+    operand: torch.dtype  #: of the GEMMs' operands, the logits' gradient among them
+    tile: torch.dtype  #: of the logits
+    round_to: torch.dtype | None  #: what the logits are rounded to where the tile is wider
+
+
+def types(device: torch.device, dtype: torch.dtype, logits_dtype: torch.dtype | None) -> Types:
+    """The input's type throughout, but float32 on a CPU that has no units for a 16-bit type.
+
+    A CPU's 16-bit GEMM cannot write float32 either, so float32 logits of 16-bit inputs are upcast there too.
+    """
+    if device.type != "cpu" or dtype.itemsize >= 4:
+        return Types(dtype, logits_dtype or dtype, None)
+    if dtype == torch.bfloat16 and logits_dtype in (None, dtype) and _cpu_has_bfloat16_units():
+        return Types(dtype, dtype, None)
+    return Types(torch.float32, torch.float32, None if logits_dtype == torch.float32 else dtype)

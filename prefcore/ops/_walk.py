@@ -1,0 +1,429 @@
+"""The tile loops of the head: from hidden states to token statistics and back, over one back end's row kernels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefcore.ops import _plan
+from prefcore.ops._gemm import addmm, mm
+from prefcore.ops._spec import Row
+from prefcore.ops._stats import (
+    RowGradient,
+    Stats,
+    StatsSettings,
+    accumulator_dtype,
+    finish,
+    new_state,
+    row_gradient,
+)
+
+_log = logging.getLogger("prefcore")
+
+
+@dataclass(frozen=True)
+class HeadSettings(StatsSettings):
+    """What a head call is asked for, in the order of the operators' scalar arguments."""
+
+    logits_dtype: torch.dtype | None
+    schedule: str
+    memory_budget: int | None
+    replan: bool  # an out-of-memory error while logits are being retained turns to recomputing them
+
+    SCHEMA = f"{StatsSettings.SCHEMA}, ScalarType? logits_dtype, str schedule, int? memory_budget, bool replan"
+
+    @property
+    def raw(self) -> bool:
+        """Whether retained logits stay logits: a gradient of these outputs cannot be taken from onehot - p."""
+        return self.entropy or self.logsumexp
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward."""
+
+    state: Tensor  # [3, T]: PEAK, TOTAL, TARGET
+    retained: Tensor  # [rows, V]: logits, or onehot - p
+    mean_weight: Tensor  # [T, D]: sum over v of p_v·dz_v/dx_v·W[v], the part of ∂logps/∂hidden that frozen saves
+
+
+class _Operands:
+    """The inputs of one call as the GEMMs take them, rows that nobody scores left out where that costs no wait."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
+        settings: HeadSettings,
+    ) -> None:  # fmt: skip
+        self.types = _plan.types(hidden.device, hidden.dtype, settings.logits_dtype)
+        self.accumulate = accumulator_dtype(hidden.dtype)
+        self.spec = settings.spec(weight.shape[0], self.types.round_to)
+        self.keep: Tensor | None = None
+        if hidden.device.type == "cpu":
+            keep = (targets != settings.ignore_index).nonzero()[:, 0]
+            if keep.shape[0] < targets.shape[0]:
+                self.keep = keep
+        self.weight, self.bias = weight, bias
+        self.hidden = self.pick(hidden).to(self.types.operand)
+        self.targets = self.pick(targets)
+        self.temperature = None if temperature is None else self.pick(temperature)
+        self.rows = self.targets.shape[0]
+
+    def pick(self, per_row: Tensor) -> Tensor:
+        """The scored rows of a tensor that has one entry a row."""
+        return per_row if self.keep is None else per_row.index_select(0, self.keep)
+
+    def restore(self, picked: Tensor, total: int) -> Tensor:
+        """The inverse of :meth:`pick`, zeros elsewhere."""
+        if self.keep is None:
+            return picked
+        return picked.new_zeros(total, *picked.shape[1:]).index_copy_(0, self.keep, picked)
+
+    def weight_slice(self, cols: slice) -> Tensor:
+        return self.weight[cols].to(self.types.operand)
+
+    def row_arguments(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        return self.targets[rows], None if self.temperature is None else self.temperature[rows]
+
+    def bias_slice(self, cols: slice) -> Tensor | None:
+        return None if self.bias is None else self.bias[cols]
+
+    def slope(self) -> Tensor | float:
+        """dz/dx where nothing is capped: a number, or one per row."""
+        if self.temperature is None:
+            return self.spec.logit_scale / self.spec.temperature
+        return self.spec.logit_scale / self.temperature
+
+
+def _spans(start: int, stop: int, step: int) -> Iterator[slice]:
+    for low in range(start, stop, step):
+        yield slice(low, min(low + step, stop))
+
+
+def limits(hidden: Tensor, weight: Tensor, settings: HeadSettings) -> _plan.Limits:
+    """Tile sizes of a call, the same for its forward, its backward and the shapes that tracing predicts."""
+    types = _plan.types(hidden.device, hidden.dtype, settings.logits_dtype)
+    kept = max((types.tile if settings.raw else types.operand).itemsize, types.tile.itemsize)
+    return _plan.limits(weight.shape[0], kept, hidden.device, settings.schedule, settings.memory_budget)
+
+
+def retained_like(hidden: Tensor, weight: Tensor, settings: HeadSettings, rows: int | torch.SymInt) -> Tensor:
+    """The buffer for the retained logits of ``rows`` rows."""
+    types = _plan.types(hidden.device, hidden.dtype, settings.logits_dtype)
+    return hidden.new_empty((rows, weight.shape[0]), dtype=types.tile if settings.raw else types.operand)
+
+
+def forward(
+    kernels: ModuleType,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    settings: HeadSettings,
+) -> tuple[Stats, Saved]:
+    """Token statistics of every row, with whatever the schedule saves for the backward."""
+    total, V = hidden.shape[0], weight.shape[0]
+    head = _Operands(hidden, weight, targets, bias, temperature, settings)
+    bounds = limits(hidden, weight, settings)
+    retained = _allocate_retained(hidden, weight, settings, min(total, bounds.retained_rows))
+    state = new_state(head.rows, hidden)
+    kept_rows = min(head.rows, retained.shape[0])
+    if kept_rows:
+        _retain(kernels, head, state, retained[:kept_rows], settings, bounds)
+    mean_weight = state.new_empty(0, hidden.shape[1])
+    if settings.schedule == "frozen":
+        mean_weight = state.new_zeros(head.rows, hidden.shape[1])
+    if head.rows > kept_rows:
+        _sweep(kernels, head, state, mean_weight, kept_rows, bounds)
+    if settings.schedule == "frozen":
+        scale = (head.slope() / state[Row.TOTAL]).masked_fill_(head.targets == settings.ignore_index, 0)
+        mean_weight = head.restore(mean_weight.mul_(scale[:, None]), total)
+    stats = finish(state, head.targets, settings, V)
+    if head.keep is not None:
+        stats = Stats(
+            *(head.restore(x, total) if wanted else x for x, wanted in zip(stats, settings.wanted, strict=True))
+        )
+    saved = state[:3].clone() if head.keep is None else state.new_zeros(3, total).index_copy_(1, head.keep, state[:3])
+    return stats, Saved(saved, retained, mean_weight)
+
+
+def _allocate_retained(hidden: Tensor, weight: Tensor, settings: HeadSettings, rows: int) -> Tensor:
+    try:
+        return retained_like(hidden, weight, settings, rows)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # The CPU allocator raises a plain RuntimeError.
+        scarce = isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+        if not (scarce and settings.replan):
+            raise
+        _log.warning("no memory to retain the logits of %d rows; recomputing them in the backward: %s", rows, error)
+        return retained_like(hidden, weight, settings, 0)
+
+
+def _retain(
+    kernels: ModuleType,
+    head: _Operands,
+    state: Tensor,
+    retained: Tensor,
+    settings: HeadSettings,
+    bounds: _plan.Limits,
+) -> None:
+    """Statistics of the leading rows, whose logits, or onehot - p, stay in ``retained``."""
+    V = retained.shape[1]
+    # Logits held wider than the GEMMs' operands pass through a scratch tile of whole rows.
+    wide = retained.dtype != head.types.tile
+    step = max(1, bounds.tile_rows * bounds.tile_cols // V) if wide else retained.shape[0]
+    for rows in _spans(0, retained.shape[0], step):
+        kept = retained[rows]
+        tile = torch.empty(kept.shape, dtype=head.types.tile, device=kept.device) if wide else kept
+        # A weight that must be converted is converted slice by slice.
+        width = V if head.weight.dtype == head.types.operand else bounds.tile_cols
+        for cols in _spans(0, V, width):
+            mm(tile[:, cols], head.hidden[rows], head.weight_slice(cols).t())
+        arguments = (*head.row_arguments(rows), head.bias, head.spec, state[:, rows])
+        if settings.raw:
+            kernels.stats(tile, 0, *arguments)
+        else:
+            kernels.stats_grad(tile, kept, *arguments)
+
+
+def _sweep(
+    kernels: ModuleType,
+    head: _Operands,
+    state: Tensor,
+    mean_weight: Tensor,
+    first_row: int,
+    bounds: _plan.Limits,
+) -> None:
+    """Statistics of the rows from ``first_row`` on, through one tile; also Σ exp(z - PEAK)·d·W[v] where wanted."""
+    V, frozen = head.weight.shape[0], mean_weight.numel() > 0
+    shape = min(bounds.tile_rows, head.rows - first_row), min(bounds.tile_cols, V)
+    buffer = torch.empty(shape, dtype=head.types.tile, device=state.device)
+    weights = buffer
+    if frozen and head.types.tile != head.types.operand:
+        weights = torch.empty(shape, dtype=head.types.operand, device=state.device)
+    for cols in _spans(0, V, bounds.tile_cols):
+        weight = head.weight_slice(cols)
+        for rows in _spans(first_row, head.rows, bounds.tile_rows):
+            window = slice(0, rows.stop - rows.start), slice(0, cols.stop - cols.start)
+            tile = buffer[window]
+            mm(tile, head.hidden[rows], weight.t())
+            arguments = (*head.row_arguments(rows), head.bias_slice(cols), head.spec, state[:, rows])
+            if not frozen:
+                kernels.stats(tile, cols.start, *arguments)
+                continue
+            sums = mean_weight[rows]
+            kernels.weigh(tile, weights[window], cols.start, *arguments, sums if cols.start else None)
+            (addmm if cols.start else mm)(sums, weights[window], weight)
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+def backward(
+    kernels: ModuleType,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    entropy: Tensor,
+    saved: Saved,
+    needs: Needs,
+    drop_zero_rows: bool,
+    weight_grad_out: Tensor | None,
+    settings: HeadSettings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden states, weight and bias; empty where not needed."""
+    head = _Operands(hidden, weight, targets, bias, temperature, settings)
+    ignored = head.targets == settings.ignore_index
+    picked = [None if g is None else head.pick(g) for g in grads]
+    gradient = row_gradient(picked[0], picked[1], picked[2], ignored, head.accumulate)
+    state = saved.state if head.keep is None else saved.state.index_select(1, head.keep)
+    per_row_entropy = None if picked[1] is None else head.pick(entropy)
+
+    if settings.schedule == "frozen" and picked[1] is None:
+        d_hidden = _frozen_gradient(head, gradient, state, head.pick(saved.mean_weight)).to(hidden.dtype)
+        return head.restore(d_hidden, hidden.shape[0]), weight.new_empty(0), weight.new_empty(0)
+    walk = _BackwardWalk(kernels, head, gradient, state, per_row_entropy, saved.retained, needs, settings)
+    if drop_zero_rows or hidden.device.type == "cpu":
+        walk.drop_zero_rows()
+    return walk.run(hidden, limits(hidden, weight, settings), weight_grad_out)
+
+
+def _frozen_gradient(head: _Operands, row: RowGradient, state: Tensor, mean_weight: Tensor) -> Tensor:
+    """a·dz_y/dx·W[y] - b·mean_weight, a row of which depends on the upstream gradient through two numbers."""
+    z = state[Row.TARGET]
+    slope = head.slope()
+    if head.spec.softcap is not None:
+        u = z * (head.spec.temperature if head.temperature is None else head.temperature)
+        slope = slope * (1 - (u / head.spec.softcap).square())
+    # A target outside the vocabulary has no row of W: its z is NaN, and so must this be.
+    own = (row.a * slope).masked_fill(z.isnan(), torch.nan).masked_fill_(row.a == 0, 0)
+    index = head.targets.clamp(0, head.weight.shape[0] - 1)
+    chosen = head.weight.index_select(0, index).to(head.accumulate)
+    return chosen.mul_(own[:, None]).addcmul_(row.b[:, None], mean_weight, value=-1)
+
+
+class _BackwardWalk:
+    """Slices of the vocabulary outside, rows inside: a slice of dL/dW is summed up and written once."""
+
+    def __init__(
+        self, kernels: ModuleType, head: _Operands, gradient: RowGradient, state: Tensor, entropy: Tensor | None,
+        retained: Tensor, needs: Needs, settings: HeadSettings,
+    ) -> None:  # fmt: skip
+        self.kernels, self.head, self.state, self.entropy = kernels, head, state, entropy
+        self.scale, self.coef = gradient.folded()
+        self.retained, self.needs, self.settings = retained, needs, settings
+        self.kept_rows = min(head.rows, retained.shape[0])
+        self.chosen: Tensor | None = None  # indices of the rows walked; None for all
+
+    def drop_zero_rows(self) -> None:
+        """Leave out rows whose gradient is zero, where enough are to pay for gathering the rest."""
+        chosen = self.scale.nonzero()[:, 0]
+        if chosen.shape[0] > 0.875 * self.head.rows:
+            return
+        head = self.head
+        self.chosen = chosen
+        head.hidden, head.targets = head.hidden.index_select(0, chosen), head.targets.index_select(0, chosen)
+        if head.temperature is not None:
+            head.temperature = head.temperature.index_select(0, chosen)
+        self.scale = self.scale.index_select(0, chosen)
+        if self.coef is not None:
+            self.coef = self.coef.index_select(1, chosen)
+        self.state = self.state.index_select(1, chosen)
+        if self.entropy is not None:
+            self.entropy = self.entropy.index_select(0, chosen)
+        if self.kept_rows < head.rows:
+            self.kept_rows = int((chosen < self.kept_rows).sum())
+        else:
+            self.kept_rows = chosen.shape[0]
+        head.rows = chosen.shape[0]
+
+    def run(
+        self, hidden: Tensor, bounds: _plan.Limits, weight_grad_out: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head, needs, V = self.head, self.needs, self.head.weight.shape[0]
+        # Retained onehot - p enters the GEMMs as it lies. Where that serves every row, one slice is the vocabulary.
+        direct = self.chosen is None and not self.settings.raw
+        whole = direct and self.kept_rows == head.rows and head.weight.dtype == head.types.operand
+        width = V if whole else min(V, bounds.tile_cols)
+        chunks = list(_spans(0, self.kept_rows, max(1, self.kept_rows) if direct else bounds.tile_rows))
+        tiled = [] if direct else list(chunks)
+        for rows in _spans(self.kept_rows, head.rows, bounds.tile_rows):
+            chunks.append(rows)
+            tiled.append(rows)
+        scratch = self._scratch(max((rows.stop - rows.start for rows in tiled), default=0), width)
+        d_hidden = self._zeros(head.rows if needs.hidden else 0, hidden.shape[1])
+        d_bias = self._zeros(V if needs.bias else 0)
+        d_weight = _WeightGradient(head, self.scale, needs.weight, len(chunks), weight_grad_out)
+
+        for cols in _spans(0, V, width):
+            weight = head.weight_slice(cols)
+            for rows in chunks:
+                tile = self._gradient_tile(rows, cols, weight, scratch, direct)
+                if needs.hidden:
+                    (addmm if cols.start else mm)(d_hidden[rows], tile, weight)
+                if needs.weight:
+                    d_weight.add(rows, cols, tile)
+                if needs.bias:
+                    addmm(d_bias[None, cols], self.scale[None, rows].to(tile.dtype), tile)
+        return (
+            self._restore(d_hidden, hidden) if needs.hidden else d_hidden,
+            d_weight.result,
+            d_bias.to(weight.dtype),
+        )
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.head.accumulate, device=self.state.device)
+
+    def _restore(self, d_hidden: Tensor, hidden: Tensor) -> Tensor:
+        d_hidden = d_hidden.mul_(self.scale[:, None]).to(hidden.dtype)
+        rows = self.chosen
+        if rows is None:
+            return self.head.restore(d_hidden, hidden.shape[0])
+        if self.head.keep is not None:
+            rows = self.head.keep.index_select(0, rows)
+        return d_hidden.new_zeros(hidden.shape).index_copy_(0, rows, d_hidden)
+
+    def _scratch(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
+        """Room for one tile of logits and, where it has another type, one of their gradient."""
+        logits = torch.empty(rows, width, dtype=self.head.types.tile, device=self.state.device)
+        if self.head.types.operand == self.head.types.tile:
+            return logits, logits
+        return logits, torch.empty(rows, width, dtype=self.head.types.operand, device=self.state.device)
+
+    def _gradient_tile(
+        self, rows: slice, cols: slice, weight: Tensor, scratch: tuple[Tensor, Tensor], direct: bool
+    ) -> Tensor:
+        """The logits' gradient over scale, in the operands' type."""
+        head, kept = self.head, rows.start < self.kept_rows
+        if kept and direct:
+            return self.retained[rows, cols]
+        tile, out = (buffer[: rows.stop - rows.start, : cols.stop - cols.start] for buffer in scratch)
+        if kept:
+            logits = self.retained[rows, cols]
+            if self.chosen is not None:
+                logits = self.retained[:, cols].index_select(0, self.chosen[rows])
+            if not self.settings.raw:
+                return logits
+        else:
+            mm(tile, head.hidden[rows], weight.t())
+            logits = tile
+        self.kernels.grad(
+            logits,
+            out,
+            cols.start,
+            *head.row_arguments(rows),
+            head.bias_slice(cols),
+            head.spec,
+            self.state[:, rows],
+            None if self.entropy is None else self.entropy[rows],
+            None if self.coef is None else self.coef[:, rows],
+        )
+        return out
+
+
+class _WeightGradient:
+    """dL/dW slice by slice; a slice to which several chunks of rows contribute is summed in the accumulator's type."""
+
+    def __init__(self, head: _Operands, scale: Tensor, needed: bool, chunks: int, out: Tensor | None) -> None:
+        self.head, self.given = head, out is not None
+        self.slice_sum: Tensor | None = None
+        self.result = head.weight.new_empty(0)
+        if not needed:
+            return
+        scale = scale[:, None]
+        # A row without gradient may hold inf or NaN, which a product with zero would keep.
+        scaled = (head.hidden.to(head.accumulate) * scale).masked_fill_(scale == 0, 0)
+        self.scaled = scaled.to(head.types.operand)
+        if out is None:
+            make = torch.empty if chunks else torch.zeros
+            self.result = make(head.weight.shape, dtype=head.weight.dtype, device=head.weight.device)
+        self.target = self.result if out is None else out
+
+    def add(self, rows: slice, cols: slice, tile: Tensor) -> None:
+        first, last = rows.start == 0, rows.stop == self.head.rows
+        out, side = self.target[cols], self.scaled[rows]
+        if self.given:
+            addmm(out, tile.t(), side)
+        elif first and last:
+            mm(out, tile.t(), side)
+        else:
+            if first or self.slice_sum is None:
+                self.slice_sum = torch.empty(out.shape, dtype=self.head.accumulate, device=out.device)
+                mm(self.slice_sum, tile.t(), side)
+            else:
+                addmm(self.slice_sum, tile.t(), side)
+            if last:
+                out.copy_(self.slice_sum)

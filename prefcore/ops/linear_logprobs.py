@@ -1,0 +1,366 @@
+"""Token statistics from hidden states and the head's weight, without the ``[T, V]`` logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefcore import reference
+from prefcore._impl import Impl, resolve
+from prefcore._types import TokenStats
+from prefcore.ops import _plan, _walk
+from prefcore.ops._arguments import (
+    FLOATS,
+    check_logit_options,
+    check_same_device,
+    check_target_dtype,
+    check_targets,
+    check_type,
+    row_temperature,
+    stats_settings,
+    token_stats,
+)
+from prefcore.ops._backends import BACKENDS
+from prefcore.ops._plan import SCHEDULES, Schedule
+from prefcore.ops._register import register
+from prefcore.ops._stats import Stats, accumulator_dtype, stats_like
+from prefcore.ops._walk import HeadSettings, Needs, Saved
+
+_GRADS = "Tensor? g_logps, Tensor? g_entropy, Tensor? g_logsumexp"
+_INPUTS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? temperature"
+_SAVED = "Tensor entropy, Tensor state, Tensor retained, Tensor mean_weight"
+_NEEDS = "bool hidden_grad, bool weight_grad, bool bias_grad, bool drop_zero_rows, Tensor(a!)? weight_grad_out"
+
+
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    settings = HeadSettings(*rest)
+    T, D = hidden.shape
+    rows = torch.sym_min(T, _walk.limits(hidden, weight, settings).retained_rows)
+    dtype = accumulator_dtype(hidden.dtype)
+    saved = Saved(
+        state=hidden.new_empty((3, T), dtype=dtype),
+        retained=_walk.retained_like(hidden, weight, settings, rows),
+        mean_weight=hidden.new_empty((T if settings.schedule == "frozen" else 0, D), dtype=dtype),
+    )
+    return *stats_like(T, hidden, settings), *saved
+
+
+def _backward_fake(
+    g_logps: Tensor | None, g_entropy: Tensor | None, g_logsumexp: Tensor | None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
+    entropy: Tensor, state: Tensor, retained: Tensor, mean_weight: Tensor,
+    hidden_grad: bool, weight_grad: bool, bias_grad: bool, drop_zero_rows: bool, weight_grad_out: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    returned = weight_grad and weight_grad_out is None
+    return (
+        hidden.new_empty(hidden.shape if hidden_grad else (0, hidden.shape[1])),
+        weight.new_empty(weight.shape if returned else (0,)),
+        weight.new_empty((weight.shape[0] if bias_grad else 0,)),
+    )
+
+
+class _Launchers:
+    """The operators' bodies over one back end."""
+
+    def __init__(self, load: Callable[[], ModuleType]) -> None:
+        self.load = load
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
+        *rest: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        settings = HeadSettings(*rest)
+        check_targets(targets, weight.shape[0], settings.ignore_index, temperature)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            stats, saved = _walk.forward(self.load(), hidden, weight, targets, bias, temperature, settings)
+        return *stats, *saved
+
+    def backward(
+        self,
+        g_logps: Tensor | None, g_entropy: Tensor | None, g_logsumexp: Tensor | None,
+        hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
+        entropy: Tensor, state: Tensor, retained: Tensor, mean_weight: Tensor,
+        hidden_grad: bool, weight_grad: bool, bias_grad: bool, drop_zero_rows: bool, weight_grad_out: Tensor | None,
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            return _walk.backward(
+                self.load(), (g_logps, g_entropy, g_logsumexp), hidden, weight, targets, bias, temperature,
+                entropy, Saved(state, retained, mean_weight), Needs(hidden_grad, weight_grad, bias_grad),
+                drop_zero_rows, weight_grad_out, HeadSettings(*rest),
+            )  # fmt: skip
+
+
+class _Operators(NamedTuple):
+    forward: Callable
+    backward: Callable
+
+
+def _register(impl: str) -> _Operators:
+    load, key = BACKENDS[impl]
+    launch, schema = _Launchers(load), HeadSettings.SCHEMA
+    forward_outputs = ", ".join(["Tensor"] * (len(Stats._fields) + len(Saved._fields)))
+    return _Operators(
+        register(
+            f"linear_logprobs_forward_{impl}({_INPUTS}, {schema}) -> ({forward_outputs})",
+            launch.forward,
+            _forward_fake,
+            key,
+        ),
+        register(
+            f"linear_logprobs_backward_{impl}({_GRADS}, {_INPUTS}, {_SAVED}, {_NEEDS}, {schema}) "
+            "-> (Tensor, Tensor, Tensor)",
+            launch.backward,
+            _backward_fake,
+            key,
+        ),
+    )
+
+
+OPERATORS = {impl: _register(impl) for impl in BACKENDS}
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        temperature: Tensor | None,
+        weight_grad_out: Tensor | None,
+        drop_zero_rows: bool,
+        impl: str,
+        settings: HeadSettings,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        outputs = OPERATORS[impl].forward(hidden, weight, targets, bias, temperature, *settings.flat())
+        stats, saved = outputs[: len(Stats._fields)], outputs[len(Stats._fields) :]
+        ctx.save_for_backward(hidden, weight, targets, bias, temperature, stats[1], *saved)
+        # Not saved through autograd: the caller adds to this buffer between forward and backward as he likes.
+        ctx.weight_grad_out = weight_grad_out
+        ctx.options = drop_zero_rows, impl, settings
+        ctx.mark_non_differentiable(*stats[3:])
+        return tuple(stats)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, bias, temperature, *saved = ctx.saved_tensors
+        drop_zero_rows, impl, settings = ctx.options
+        if all(g is None for g in grads[:3]):
+            return (None,) * 9
+        if drop_zero_rows and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("drop_zero_rows=True reads a count back from the device, which a graph cannot capture")
+        needs = Needs(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        d_hidden, d_weight, d_bias = OPERATORS[impl].backward(
+            *grads[:3], hidden, weight, targets, bias, temperature, *saved,
+            *needs, drop_zero_rows, ctx.weight_grad_out, *settings.flat(),
+        )  # fmt: skip
+        if ctx.weight_grad_out is not None:
+            torch.autograd.graph.increment_version(ctx.weight_grad_out)
+        return (
+            d_hidden if needs.hidden else None,
+            d_weight if needs.weight and ctx.weight_grad_out is None else None,
+            None,
+            d_bias if needs.bias else None,
+            *(None,) * 5,
+        )
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    outputs: Sequence[str] = (),
+    schedule: Schedule = "auto",
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    weight_grad_out: Tensor | None = None,
+    drop_zero_rows: bool = False,
+    process_group: Any = None,
+    impl: Impl = "auto",
+) -> TokenStats:
+    """Statistics of the next-token distributions softmax(z), z = softcap(logit_scale·(h·Wᵀ + b))/temperature.
+
+    Equal to ``prefcore.logprobs(linear(hidden, weight, bias), targets, …)`` without the ``[T, V]`` logits:
+    they exist as tiles, or, in the schedule ``retain``, once and in the type of the inputs. ``T`` is the number of
+    rows, that is of elements of ``targets``.
+
+    Args:
+        hidden: ``[..., D]``, float32, float64, bfloat16 or float16.
+        weight: ``[V, D]``, the head's weight, of the same type and device.
+        targets: ``[...]`` int64 token ids; ``ignore_index`` marks a row to skip.
+        bias: ``[V]`` or None, of the weight's type.
+        temperature: positive; a number, or a tensor shaped like ``targets`` (no gradient).
+        softcap: positive; softcap(u) = softcap·tanh(u/softcap). None for none.
+        logit_scale: factor of the raw logits.
+        ignore_index: such rows return zeros and get zero gradient, whatever their hidden states hold.
+        outputs: any of ``entropy``, ``logsumexp``, ``is_top1``, ``mean_logits``, ``log_sum_sq_probs``.
+        schedule: how forward and backward share the work, counted in U = 2·T·D·V flops. Without a gradient to
+            take, every name runs ``forward``, 1 U. ``frozen`` (no gradient for weight and bias) 2 U, keeps ``[T, D]``
+            float32; an entropy gradient that arrives costs 2 U more. ``retain`` 3 U, keeps ``[T, V]``.
+            ``recompute`` 4 U, keeps nothing. ``auto`` takes ``frozen`` where it can, else retains the logits of as
+            many rows as the budget holds and recomputes the others.
+        memory_budget: bytes of logits held at once; 1/16 of the device's memory by default. Tiles have 128 rows and
+            1024 columns at the least, however small the budget. ``retain`` exceeds the default budget, not a given one.
+        logits_dtype: None rounds logits to the inputs' type, as models do; ``torch.float32`` keeps the GEMM's sums.
+        weight_grad_out: ``[V, D]``, float32 or of the weight's type: ∂L/∂weight is added to it in place, and
+            autograd gets none for the weight.
+        drop_zero_rows: leave rows whose upstream gradient is zero out of the backward's GEMMs. On a GPU it costs one
+            synchronisation per backward; on a CPU it is always done.
+        process_group: for a head sharded over its vocabulary; not built yet.
+        impl: ``auto`` is ``cpu`` or ``triton`` by the tensors' device; a named one is used or refused.
+
+    Returns:
+        :class:`TokenStats`, shaped like ``targets``, float32 (float64 for float64 inputs). ``logps``, ``entropy`` and
+        ``logsumexp`` are differentiable, once, with any upstream gradient.
+
+    Raises:
+        TypeError: an argument of the wrong Python type.
+        ValueError: a shape, dtype, device or value that does not fit; on a CPU, and on a GPU with
+            ``PREFCORE_CHECK=1``, a target outside the vocabulary. Unchecked, its statistics are NaN.
+        NotImplementedError: ``process_group``; a temperature that requires a gradient; a sharded weight
+            (DTensor); an implementation that this installation lacks.
+        RuntimeError: ``drop_zero_rows`` while a CUDA graph is captured.
+
+    Example:
+        >>> import torch, prefcore
+        >>> hidden, weight = torch.randn(5, 8), torch.randn(100, 8, requires_grad=True)
+        >>> targets = torch.tensor([1, 2, 3, -100, 5])
+        >>> stats = prefcore.linear_logprobs(hidden, weight, targets, outputs=("entropy",))
+        >>> stats.logps.sum().backward()
+    """
+    names = check_logit_options(softcap, logit_scale, ignore_index, outputs)
+    _check_tensors(hidden, weight, targets, bias, logits_dtype)
+    _check_options(schedule, memory_budget, drop_zero_rows, process_group)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check_dtypes(hidden, weight, bias, logits_dtype)
+    _check_weight_grad_out(weight_grad_out, weight)
+    number, per_row = row_temperature(temperature, targets, hidden)
+    grad = torch.is_grad_enabled()
+    bias_grad = bias is not None and bias.requires_grad
+    chosen = _plan.choose(schedule, grad and hidden.requires_grad, grad and (weight.requires_grad or bias_grad))
+    run = resolve(impl, "linear_logprobs", hidden.device)
+    if run == "reference":
+        if schedule != "auto" or memory_budget is not None or weight_grad_out is not None or drop_zero_rows:
+            raise NotImplementedError(
+                "impl='reference' materialises the logits: it serves neither schedule nor memory_budget nor "
+                "weight_grad_out nor drop_zero_rows"
+            )
+        check_targets(targets.reshape(-1), weight.shape[0], ignore_index, per_row)
+        return reference.linear_logprobs(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            outputs=tuple(names),
+            logits_dtype=logits_dtype,
+        )
+    settings = HeadSettings(
+        **stats_settings(number, softcap, logit_scale, ignore_index, names),
+        logits_dtype=logits_dtype,
+        schedule=chosen,
+        memory_budget=memory_budget,
+        # A compiled graph has fixed the shape of what is retained.
+        replan=not torch.compiler.is_compiling(),
+    )
+    values = _LinearLogprobs.apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, per_row, weight_grad_out,
+        drop_zero_rows, run, settings,
+    )  # fmt: skip
+    return token_stats(values, names, targets.shape)
+
+
+def _check_tensors(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None
+) -> None:
+    check_type("hidden", hidden, Tensor)
+    check_type("weight", weight, Tensor)
+    check_type("targets", targets, Tensor)
+    check_type("bias", bias, Tensor, optional=True)
+    check_type("logits_dtype", logits_dtype, torch.dtype, optional=True)
+    if hidden.ndim < 1 or targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"expected hidden [..., D] and targets [...], got {tuple(hidden.shape)} and {tuple(targets.shape)}"
+        )
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
+        raise ValueError(f"expected weight [V, D] with D = {hidden.shape[-1]} and V >= 1, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"expected bias [V] with V = {weight.shape[0]}, got {tuple(bias.shape)}")
+    check_same_device(hidden=hidden, weight=weight, targets=targets, bias=bias)
+    check_target_dtype(targets)
+
+
+def _check_options(schedule: str, memory_budget: int | None, drop_zero_rows: bool, process_group: Any) -> None:
+    if process_group is not None:
+        raise NotImplementedError("process_group: a head sharded over its vocabulary is not built yet; pass None")
+    check_type("schedule", schedule, str)
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
+    check_type("drop_zero_rows", drop_zero_rows, bool)
+    if isinstance(memory_budget, bool):
+        raise TypeError("memory_budget must be an int, got a bool")
+    check_type("memory_budget", memory_budget, int, optional=True)
+    if memory_budget is not None and memory_budget < 0:
+        raise ValueError(f"memory_budget must not be negative, got {memory_budget}")
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as ``torch.nn.functional.linear`` does under autocast: everything but float64."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None) -> None:
+    if hidden.dtype not in FLOATS:
+        raise ValueError(f"hidden must be float32, float64, bfloat16 or float16, got {hidden.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
+    allowed = {hidden.dtype, torch.promote_types(hidden.dtype, torch.float32)}
+    if logits_dtype is not None and logits_dtype not in allowed:
+        raise ValueError(f"logits_dtype must be None or one of {sorted(map(str, allowed))}, got {logits_dtype}")
+
+
+def _check_weight_grad_out(out: Tensor | None, weight: Tensor) -> None:
+    check_type("weight_grad_out", out, Tensor, optional=True)
+    if out is None:
+        return
+    if not weight.requires_grad:
+        raise ValueError("weight_grad_out takes the weight's gradient, but the weight does not require one")
+    if out.requires_grad:
+        raise ValueError("weight_grad_out is a buffer that is written in place: it must not require a gradient")
+    if out.shape != weight.shape or out.stride(1) != 1 or out.device != weight.device:
+        raise ValueError(
+            f"expected weight_grad_out {tuple(weight.shape)} on {weight.device} with unit stride in D, "
+            f"got {tuple(out.shape)} on {out.device} with strides {out.stride()}"
+        )
+    if out.dtype not in (weight.dtype, torch.promote_types(weight.dtype, torch.float32)):
+        raise ValueError(f"weight_grad_out must be float32 or {weight.dtype}, got {out.dtype}")
