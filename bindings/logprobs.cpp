@@ -30,7 +30,7 @@ LogitRows make_rows(Address tile, int64_t tile_stride, int type, Address out, in
                     int out_type, int64_t rows, int64_t cols, int64_t col0, Address targets,
                     Address temperatures, Address bias, Address state, int64_t state_stride, int64_t vocab,
                     int64_t ignore_index, double logit_scale, double temperature, double softcap,
-                    int round_to, bool entropy, bool mean, bool squares) {
+                    int round_to, bool entropy, bool mean, bool squares, bool top1) {
   return {pointer<>(tile),
           tile_stride,
           static_cast<Type>(type),
@@ -53,7 +53,8 @@ LogitRows make_rows(Address tile, int64_t tile_stride, int type, Address out, in
           static_cast<Type>(round_to),
           entropy,
           mean,
-          squares};
+          squares,
+          top1};
 }
 
 std::vector<std::string> isa_names() {

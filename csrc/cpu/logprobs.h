@@ -22,13 +22,13 @@ struct LogitRows {
   const int64_t* targets;    // [rows]
   const void* temperatures;  // [rows] acc
   const void* bias;          // [cols] acc
-  void* state;               // [6, rows] acc, in the order of prefcore.ops._spec.Row
+  void* state;               // [7, rows] acc, in the order of prefcore.ops._spec.Row
   int64_t state_stride;
   int64_t vocab, ignore_index;
   double logit_scale, temperature;
   double softcap;  // 0: none
   Type round_to;   // `type`: no rounding
-  bool entropy, mean, squares;
+  bool entropy, mean, squares, top1;
 
   void* acc = nullptr;  // [rows, acc_cols] acc: follows the peaks in weigh
   int64_t acc_cols = 0, acc_stride = 0;

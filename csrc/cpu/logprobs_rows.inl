@@ -24,14 +24,15 @@ PREFCORE_INLINE int64_t block_size(const LogitRows& a, int64_t start) {
   return a.cols - start < kBlock ? a.cols - start : kBlock;
 }
 
-// z of one row: inner * (x + bias), or outer * tanh(inner * (x + bias)) with a softcap.
+// z of one row: inner * (x + bias), or outer * tanh(inner * (x + bias)) with a softcap. Where the temperature
+// alone scales, (x + bias) / inner: the rounding of a reciprocal would show.
 template <class A>
 struct Map {
   using S = typename A::Scalar;
   S inner, outer;
   S factor;  // dz/dx without the softcap's slope
   const S* bias;
-  bool capped, plain;
+  bool capped, divided, plain;
   Type round_to;
 
   Map(const LogitRows& a, int64_t row) {
@@ -39,7 +40,10 @@ struct Map {
     const double temperature = temperatures ? temperatures[row] : a.temperature;
     capped = a.softcap != 0;
     factor = static_cast<S>(a.logit_scale / temperature);
-    inner = capped ? static_cast<S>(a.logit_scale / a.softcap) : factor;
+    divided = !capped && a.logit_scale == 1 && temperature != 1;
+    inner = static_cast<S>(capped    ? a.logit_scale / a.softcap
+                           : divided ? temperature
+                                     : a.logit_scale / temperature);
     outer = static_cast<S>(a.softcap / temperature);
     bias = static_cast<const S*>(a.bias);
     round_to = a.round_to;
@@ -58,11 +62,12 @@ PREFCORE_INLINE typename T::A::Scalar read_block_as(const typename T::Stored* x,
   constexpr int L = kLanes<A>;
   const V inner = splat<A>(map.inner), outer = splat<A>(map.outer);
   const auto z_of = [&](V v, const S* b, int64_t i) __attribute__((always_inline)) {
-    if (kPlain) return v * inner;
-    v = round_to(map.round_to, v);
-    if (b) v += load_vector<V>(b);
-    v *= inner;
-    if (!map.capped) return v;
+    if (!kPlain) {
+      v = round_to(map.round_to, v);
+      if (b) v += load_vector<V>(b);
+    }
+    v = map.divided ? v / inner : v * inner;
+    if (kPlain || !map.capped) return v;
     V slope;
     v = tanh<A>(v, slope) * outer;
     if (with_slope) store_vector(block.slope + i, slope);
@@ -118,13 +123,14 @@ void write_block(typename T::Stored* out, const Block<typename T::A>& block, int
 template <class A>
 struct Running {
   using S = typename A::Scalar;
-  S peak, total, target, shifted, sum, squares;
+  S peak, total, target, shifted, sum, squares, before;
 
   Running(const LogitRows& a, int64_t row) {
     const S* state = static_cast<const S*>(a.state) + row;
     const int64_t stride = a.state_stride;
     peak = state[0], total = state[stride], target = state[2 * stride];
     shifted = state[3 * stride], sum = state[4 * stride], squares = state[5 * stride];
+    before = state[6 * stride];
   }
 
   void save(const LogitRows& a, int64_t row) const {
@@ -134,6 +140,7 @@ struct Running {
     if (a.entropy) state[3 * stride] = shifted;
     if (a.mean) state[4 * stride] = sum;
     if (a.squares) state[5 * stride] = squares;
+    if (a.top1) state[6 * stride] = before;
   }
 
   // Let the peak, to which the sums are relative, rise to `top`. Returns exp(old - new).
@@ -174,12 +181,20 @@ void add_exponentials(Block<A>& block, int64_t n, Running<A>& row) {
   }
 }
 
-// Add a block, no z of which is above the peak, to the row's sums; with `keep` the block becomes exp(z -
-// peak).
+// Add a block to a row whose peak has been raised to `top`, the block's maximum, at least. The target is
+// counted from the block's start; with `keep` the block becomes exp(z - peak).
 template <class A>
-void add_block(const LogitRows& a, Block<A>& block, int64_t n, int64_t target, Running<A>& row, bool keep) {
+void add_block(const LogitRows& a, Block<A>& block, int64_t n, typename A::Scalar top, int64_t target,
+               Running<A>& row, bool keep) {
   using V = typename A::V;
   if (target >= 0 && target < n) row.target = block.z[target];
+  if (a.top1 && target > 0) {
+    if (target < n) {
+      top = -kInfinity<A>;
+      for (int64_t i = 0; i < target; ++i) top = block.z[i] > top ? block.z[i] : top;
+    }
+    if (top > row.before) row.before = top;
+  }
   if (a.mean) {
     V sum{};
     typename A::Scalar rest = 0;
@@ -242,8 +257,9 @@ void stats_row(const LogitRows& a, int64_t row, Block<typename T::A>& block) {
   if (outside(a, row)) running.target = kNaN<A>;
   for (int64_t start = 0; start < a.cols; start += kBlock) {
     const int64_t n = block_size(a, start);
-    running.raise(read_block<T>(tile_row<T>(a, row), map, start, n, block, false));
-    add_block(a, block, n, a.targets[row] - a.col0 - start, running, false);
+    const typename A::Scalar top = read_block<T>(tile_row<T>(a, row), map, start, n, block, false);
+    running.raise(top);
+    add_block(a, block, n, top, a.targets[row] - a.col0 - start, running, false);
   }
   running.save(a, row);
 }
@@ -268,8 +284,8 @@ void weigh_row(const LogitRows& a, int64_t row, Block<typename T::A>& block) {
   }
   for (int64_t start = 0; start < a.cols; start += kBlock) {
     const int64_t n = block_size(a, start);
-    read_block<T>(tile_row<T>(a, row), map, start, n, block, map.capped);
-    add_block(a, block, n, a.targets[row] - a.col0 - start, running, true);
+    const S block_top = read_block<T>(tile_row<T>(a, row), map, start, n, block, map.capped);
+    add_block(a, block, n, block_top, a.targets[row] - a.col0 - start, running, true);
     write_block<Out>(out_row<Out>(a, row) + start, block, n, 1, map.capped);
   }
   running.save(a, row);
