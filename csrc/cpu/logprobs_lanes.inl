@@ -150,20 +150,23 @@ PREFCORE_INLINE typename A::V exp(typename A::V x) {
   return x < A::kUnderflow ? typename A::V{} : fma(p.scale, p.rest, p.scale);
 }
 
-// tanh and 1 - tanh^2, by way of expm1(-2|x|): both keep their relative accuracy, near 0 and far from it.
+// tanh, and 1 - tanh^2 if asked for, by way of expm1(-2|x|): both keep their relative accuracy, near 0 and
+// far.
 template <class A>
-PREFCORE_INLINE typename A::V tanh(typename A::V x, typename A::V& slope) {
+PREFCORE_INLINE typename A::V tanh(typename A::V x, bool with_slope, typename A::V& slope) {
   using V = typename A::V;
   using Bits = typename A::Bits;
   const Bits sign_bit = (Bits)splat<A>(-typename A::Scalar(0));
   const Bits sign = (Bits)x & sign_bit;
   const V w = (V)((Bits)x | sign_bit) * 2;
   const Power<A> p = power<A>(w);
-  const V e = w < A::kUnderflow ? V{} : fma(p.scale, p.rest, p.scale);
   const V less = w < A::kUnderflow ? splat<A>(-1) : fma(p.scale, p.rest, p.scale - 1);
-  const V inverse = 1 / (2 + less);
-  slope = 4 * e * inverse * inverse;
-  return (V)((Bits)(less * inverse) ^ sign_bit ^ sign);
+  const V sum = 2 + less;
+  if (with_slope) {
+    const V e = w < A::kUnderflow ? V{} : fma(p.scale, p.rest, p.scale);
+    slope = 4 * e / (sum * sum);
+  }
+  return (V)((Bits)(less / sum) ^ sign_bit ^ sign);
 }
 
 // Element types of tiles: how a vector of them is read into the accumulation type and written from it,

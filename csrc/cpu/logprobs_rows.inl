@@ -69,7 +69,7 @@ PREFCORE_INLINE typename T::A::Scalar read_block_as(const typename T::Stored* x,
     v = map.divided ? v / inner : v * inner;
     if (kPlain || !map.capped) return v;
     V slope;
-    v = tanh<A>(v, slope) * outer;
+    v = tanh<A>(v, with_slope, slope) * outer;
     if (with_slope) store_vector(block.slope + i, slope);
     return v;
   };
@@ -123,7 +123,8 @@ void write_block(typename T::Stored* out, const Block<typename T::A>& block, int
 template <class A>
 struct Running {
   using S = typename A::Scalar;
-  S peak, total, target, shifted, sum, squares, before;
+  S peak, target, before;
+  double total, shifted, sum, squares;  // of this many blocks; a float would collect their roundings
 
   Running(const LogitRows& a, int64_t row) {
     const S* state = static_cast<const S*>(a.state) + row;
@@ -136,25 +137,24 @@ struct Running {
   void save(const LogitRows& a, int64_t row) const {
     S* state = static_cast<S*>(a.state) + row;
     const int64_t stride = a.state_stride;
-    state[0] = peak, state[stride] = total, state[2 * stride] = target;
-    if (a.entropy) state[3 * stride] = shifted;
-    if (a.mean) state[4 * stride] = sum;
-    if (a.squares) state[5 * stride] = squares;
+    state[0] = peak, state[stride] = static_cast<S>(total), state[2 * stride] = target;
+    if (a.entropy) state[3 * stride] = static_cast<S>(shifted);
+    if (a.mean) state[4 * stride] = static_cast<S>(sum);
+    if (a.squares) state[5 * stride] = static_cast<S>(squares);
     if (a.top1) state[6 * stride] = before;
   }
 
   // Let the peak, to which the sums are relative, rise to `top`. Returns exp(old - new).
   S raise(S top) {
     if (!(top > peak)) return 1;
-    const S delta = peak - top;
-    const S scale = static_cast<S>(__builtin_exp(delta));
+    const double delta = static_cast<double>(peak) - top, scale = __builtin_exp(delta);
     if (peak > -kInfinity<A>) {
       shifted = scale * (shifted + delta * total);
       total *= scale;
       squares *= scale * scale;
     }
     peak = top;
-    return scale;
+    return static_cast<S>(scale);
   }
 };
 
@@ -216,7 +216,7 @@ void differentiate(Block<A>& block, int64_t n, const Running<A>& row, typename A
                    typename A::Scalar c, typename A::Scalar entropy) {
   using S = typename A::Scalar;
   using V = typename A::V;
-  const S inverse = 1 / row.total;
+  const S inverse = static_cast<S>(1 / row.total);
   const S log_total = static_cast<S>(__builtin_log(row.total));
   for (int64_t i = 0; i < n; i += kLanes<A>) {
     const V t = load_vector<V>(block.z + i) - row.peak;

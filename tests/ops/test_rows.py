@@ -157,7 +157,7 @@ def assert_within_eager(
 ) -> None:
     """At most twice eager's largest error from float64, plus one rounding of the result and ``band``.
 
-    For a float64 result eager's error is the one it makes in float32, to scale; the truth is off by as much again.
+    For a float64 result eager's error is the one it makes in float32, to scale; the truth has as much.
     """
     assert actual.shape == truth.shape
     assert torch.equal(actual.isnan(), truth.isnan())
