@@ -1,6 +1,8 @@
 // The extension prefcore._C: raw pointers, sizes, device index and stream. It knows nothing of torch.
 #include <pybind11/pybind11.h>
 
+#include "bindings.h"
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "prefcore's C++/CUDA kernels on raw pointers; use them through prefcore.ops.";
 #ifdef PREFCORE_CUDA
@@ -8,4 +10,5 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
+  bind_logprobs(m);
 }
