@@ -29,19 +29,29 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
-def missing(impl: Impl) -> str | None:
-    """Why this installation lacks an implementation and how to get it; None where it is there."""
-    if impl == "cpu" and _native.load() is None:
-        return "the extension prefcore._C is not built: run `pip install .` in a checkout, with a C++17 compiler"
-    if impl == "cuda" and not _native.has_cuda():
-        return (
+def _find_missing() -> dict[Impl, str | None]:
+    lacks: dict[Impl, str | None] = dict.fromkeys(("cpu", "triton", "cuda"))
+    if _native.load() is None:
+        lacks["cpu"] = (
+            "the extension prefcore._C is not built: run `pip install .` in a checkout, with a C++17 compiler"
+        )
+    if not _native.has_cuda():
+        lacks["cuda"] = (
             "the extension prefcore._C was built without CUDA: put nvcc on PATH (or set CUDACXX) and run "
             "`pip install --force-reinstall --no-deps .` in a checkout"
         )
-    if impl == "triton" and importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed: run `pip install triton`"
-    return None
+    if importlib.util.find_spec("triton") is None:
+        lacks["triton"] = "the package triton is not installed: run `pip install triton`"
+    return lacks
+
+
+# Found once, on import: a traced call can look a name up, but cannot look for modules.
+_MISSING = _find_missing()
+
+
+def missing(impl: Impl) -> str | None:
+    """Why this installation lacks an implementation and how to get it; None where it is there."""
+    return _MISSING.get(impl)
 
 
 def resolve(impl: Impl, op: str, device: torch.device) -> Impl:

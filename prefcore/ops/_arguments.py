@@ -35,9 +35,9 @@ def check_logit_options(
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown:
         raise ValueError(f"outputs may name {OUTPUTS}, got {unknown}")
-    if softcap is not None and not (_number("softcap", softcap) > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < _number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
-    if not math.isfinite(_number("logit_scale", logit_scale)):
+    if not abs(_number("logit_scale", logit_scale)) < math.inf:
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
@@ -64,7 +64,7 @@ def check_target_dtype(targets: Tensor) -> None:
 def row_temperature(temperature: float | Tensor, targets: Tensor, like: Tensor) -> tuple[float, Tensor | None]:
     """A number, and ``[T]`` temperatures in the accumulator's type where they differ by row."""
     if not isinstance(temperature, Tensor):
-        if not (_number("temperature", temperature) > 0 and math.isfinite(temperature)):
+        if not 0 < _number("temperature", temperature) < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         return float(temperature), None
     if temperature.requires_grad:

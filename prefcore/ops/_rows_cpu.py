@@ -85,7 +85,8 @@ def grad(
     ``coef`` ``[3, R]`` (acc type, unit stride along R) holds a, b, c; None is a = b = 1, c = 0. ``entropy``
     ``[R]`` (acc type) is H; without it there is no entropy term, whatever c.
     """
-    rows, _keep = _describe(tile, out, col0, targets, temperature, bias, spec, state)
+    # Of the state only what comes first is read: PEAK, TOTAL and TARGET.
+    rows, _keep = _describe(tile, out, col0, targets, temperature, bias, spec, state, known=Row.TARGET + 1)
     entropies, pointer, stride = 0, 0, 0
     if coef is not None:
         _check("coef", coef, state.dtype, (3, tile.shape[0]))
@@ -136,6 +137,7 @@ def _describe(
     bias: torch.Tensor | None,
     spec: LogitSpec,
     state: torch.Tensor,
+    known: int = len(Row),
 ) -> tuple[Any, torch.Tensor | None]:
     """Check the arguments and describe them to the extension; the second result must outlive the call."""
     code = _CODES.get(tile.dtype)
@@ -145,7 +147,9 @@ def _describe(
     _check("tile", tile, tile.dtype, (None, None))
     rows, columns = tile.shape
     _check("targets", targets, torch.int64, (rows,))
-    _check("state", state, acc, (len(Row), rows))
+    _check("state", state, acc, (None, rows))
+    if state.shape[0] < known:
+        raise ValueError(f"state must have at least {known} rows, got {state.shape[0]}")
     out_pointer, out_stride, out_code = 0, 0, code
     if out is not None:
         narrowed = tile.dtype == torch.float32 and out.dtype in (torch.bfloat16, torch.float16)

@@ -27,7 +27,7 @@ class StatsSettings:
 
     SCHEMA = (
         "float temperature_value, float? softcap, float logit_scale, int ignore_index, "
-        "bool entropy, bool logsumexp, bool top1, bool mean, bool squares"
+        "bool want_entropy, bool want_logsumexp, bool want_top1, bool want_mean, bool want_squares"
     )
 
     def flat(self) -> tuple:

@@ -132,53 +132,77 @@ def _register(impl: str) -> _Operators:
 OPERATORS = {impl: _register(impl) for impl in BACKENDS}
 
 
+def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of hidden, weight and bias, for what arrived at logps, entropy and logsumexp."""
+    hidden, weight, targets, bias, temperature, *saved = ctx.saved_tensors
+    drop_zero_rows, weight_grad_out, impl, settings = ctx.options
+    # Traced, an output that was not wanted receives an empty gradient instead of none.
+    wanted = [g if want else None for g, want in zip(grads, settings.wanted[:3], strict=True)]
+    if all(g is None for g in wanted):
+        return None, None, None
+    if drop_zero_rows and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("drop_zero_rows=True reads a count back from the device, which a graph cannot capture")
+    needs = Needs(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+    d_hidden, d_weight, d_bias = OPERATORS[impl].backward(
+        *wanted, hidden, weight, targets, bias, temperature, *saved,
+        *needs, drop_zero_rows, weight_grad_out, *settings.flat(),
+    )  # fmt: skip
+    if weight_grad_out is not None:
+        torch.autograd.graph.increment_version(weight_grad_out)
+    return (
+        d_hidden if needs.hidden else None,
+        d_weight if needs.weight and weight_grad_out is None else None,
+        d_bias if needs.bias else None,
+    )
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        bias: Tensor | None,
-        temperature: Tensor | None,
-        weight_grad_out: Tensor | None,
-        drop_zero_rows: bool,
-        impl: str,
-        settings: HeadSettings,
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
+        weight_grad_out: Tensor | None, drop_zero_rows: bool, impl: str, settings: HeadSettings,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.set_materialize_grads(False)
         outputs = OPERATORS[impl].forward(hidden, weight, targets, bias, temperature, *settings.flat())
-        stats, saved = outputs[: len(Stats._fields)], outputs[len(Stats._fields) :]
-        ctx.save_for_backward(hidden, weight, targets, bias, temperature, stats[1], *saved)
-        # Not saved through autograd: the caller adds to this buffer between forward and backward as he likes.
-        ctx.weight_grad_out = weight_grad_out
-        ctx.options = drop_zero_rows, impl, settings
-        ctx.mark_non_differentiable(*stats[3:])
-        return tuple(stats)
+        stats, saved = Stats(*outputs[: len(Stats._fields)]), Saved(*outputs[len(Stats._fields) :])
+        ctx.save_for_backward(hidden, weight, targets, bias, temperature, stats.entropy, *saved)
+        # The buffer is not saved through autograd: others may add to it between forward and backward.
+        ctx.options = drop_zero_rows, weight_grad_out, impl, settings
+        frozen = (stats.entropy,) if settings.schedule == "frozen" else ()
+        ctx.mark_non_differentiable(*frozen, *stats[3:], saved.state)
+        return *stats, saved.state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, bias, temperature, *saved = ctx.saved_tensors
-        drop_zero_rows, impl, settings = ctx.options
-        if all(g is None for g in grads[:3]):
-            return (None,) * 9
-        if drop_zero_rows and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("drop_zero_rows=True reads a count back from the device, which a graph cannot capture")
-        needs = Needs(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        d_hidden, d_weight, d_bias = OPERATORS[impl].backward(
-            *grads[:3], hidden, weight, targets, bias, temperature, *saved,
-            *needs, drop_zero_rows, ctx.weight_grad_out, *settings.flat(),
-        )  # fmt: skip
-        if ctx.weight_grad_out is not None:
-            torch.autograd.graph.increment_version(ctx.weight_grad_out)
-        return (
-            d_hidden if needs.hidden else None,
-            d_weight if needs.weight and ctx.weight_grad_out is None else None,
-            None,
-            d_bias if needs.bias else None,
-            *(None,) * 5,
-        )
+        g_logps, g_entropy, g_logsumexp = grads[:3]
+        if ctx.options[-1].schedule == "frozen":
+            g_entropy = None  # not differentiable here; traced, zeros arrive all the same
+        d_hidden, d_weight, d_bias = _gradients(ctx, (g_logps, g_entropy, g_logsumexp))
+        return d_hidden, d_weight, None, d_bias, *(None,) * 5
+
+
+class _FrozenEntropy(torch.autograd.Function):
+    """The entropy's own way back in the schedule ``frozen``.
+
+    There it costs a sweep over the vocabulary that the log-probabilities do not need, so it must not run for an entropy
+    that is only logged. A traced graph hands zeros to an output without gradient, but runs no node that nothing needs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
+        entropy: Tensor, state: Tensor, drop_zero_rows: bool, impl: str, settings: HeadSettings,
+    ) -> Tensor:  # fmt: skip
+        none = hidden.new_empty((0, hidden.shape[1]))
+        ctx.save_for_backward(hidden, weight, targets, bias, temperature, entropy, state, none, none.clone())
+        ctx.options = drop_zero_rows, None, impl, settings
+        return entropy.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, (None, g_entropy, None))[0], *(None,) * 9
 
 
 def linear_logprobs(
@@ -288,10 +312,10 @@ def linear_logprobs(
         # A compiled graph has fixed the shape of what is retained.
         replan=not torch.compiler.is_compiling(),
     )
-    values = _LinearLogprobs.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, per_row, weight_grad_out,
-        drop_zero_rows, run, settings,
-    )  # fmt: skip
+    inputs = hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, per_row
+    *values, state = _LinearLogprobs.apply(*inputs, weight_grad_out, drop_zero_rows, run, settings)
+    if chosen == "frozen" and settings.entropy:
+        values[1] = _FrozenEntropy.apply(*inputs, values[1], state, drop_zero_rows, run, settings)
     return token_stats(values, names, targets.shape)
 
 

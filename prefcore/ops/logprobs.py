@@ -185,9 +185,11 @@ class _Logprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, *saved = ctx.saved_tensors
         inplace, impl, settings = ctx.options
-        if all(g is None for g in grads[:3]):
+        # Traced, an output that was not wanted receives an empty gradient instead of none.
+        wanted = [g if want else None for g, want in zip(grads[:3], settings.wanted[:3], strict=True)]
+        if all(g is None for g in wanted):
             return (None,) * 6
-        arguments = (*grads[:3], logits, *saved, *settings.flat())
+        arguments = (*wanted, logits, *saved, *settings.flat())
         if inplace:
             OPERATORS[impl].inplace(*arguments)
             # Whoever else saved the logits, a second backward among them, is then refused by autograd.
