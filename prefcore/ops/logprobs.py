@@ -286,6 +286,8 @@ def _check_inplace(logits: Tensor) -> None:
         raise ValueError("inplace=True writes the gradient over the logits, which must not be a leaf that requires one")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"inplace=True needs logits with unit stride in V, got strides {logits.stride()}")
+    if torch.compiler.is_compiling():
+        return  # sizes are symbols there, and the gradient goes to a copy that does not overlap
     # Dimensions by rising stride; each must step over all the memory of those before it.
     extent = 1
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):

@@ -393,9 +393,7 @@ def test_weights_are_relative_to_the_running_peak(
             for logits in (case.oracle(torch.float64).logits, case.oracle(torch.float32).logits)
         )
         assert_within_eager(out[:, start:stop], weights, eager)
-        assert torch.allclose(
-            acc.double(), product[:, None].expand_as(acc), rtol=4 * torch.finfo(case.acc).eps, atol=0
-        )
+        assert torch.allclose(acc.double(), product[:, None].expand_as(acc), rtol=4 * torch.finfo(case.acc).eps, atol=0)
     assert_statistics(case, state)
 
 
@@ -432,9 +430,7 @@ def test_grad_of_slices_agrees_with_float64(
             entropy,
             coef,
         )
-    assert_within_eager(
-        out, expected_grad(case, torch.float64, coef), expected_grad(case, torch.float32, coef)
-    )
+    assert_within_eager(out, expected_grad(case, torch.float64, coef), expected_grad(case, torch.float32, coef))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -447,9 +443,7 @@ def test_stats_grad_is_both_at_once(
     state = new_state(case)
     backend.module.stats_grad(tile, out, case.targets, case.temperature, case.bias, case.spec, state)
     assert_statistics(case, state)
-    assert_within_eager(
-        out, expected_grad(case, torch.float64, None), expected_grad(case, torch.float32, None)
-    )
+    assert_within_eager(out, expected_grad(case, torch.float64, None), expected_grad(case, torch.float32, None))
 
 
 @pytest.mark.parametrize("vocab", [1, 17, 1025, 32001])
@@ -458,9 +452,7 @@ def test_outputs_hold_for_any_vocabulary(backend: Backend, dtype: torch.dtype, v
     case = make(backend, dtype, rows=3, vocab=vocab, options="softcap")
     tile, out = output_for(case, dtype, in_place=False)
     backend.module.stats_grad(tile, out, case.targets, None, None, case.spec, new_state(case))
-    assert_within_eager(
-        out, expected_grad(case, torch.float64, None), expected_grad(case, torch.float32, None)
-    )
+    assert_within_eager(out, expected_grad(case, torch.float64, None), expected_grad(case, torch.float32, None))
     state = new_state(case)
     backend.module.weigh(tile, out, 0, case.targets, None, None, case.spec, state, None)
     assert_statistics(case, state)
@@ -478,17 +470,13 @@ def test_outputs_hold_for_any_vocabulary(backend: Backend, dtype: torch.dtype, v
         (torch.float64, torch.bfloat16),
     ],
 )
-def test_logits_are_rounded_before_the_bias(
-    backend: Backend, dtype: torch.dtype, round_to: torch.dtype
-) -> None:
+def test_logits_are_rounded_before_the_bias(backend: Backend, dtype: torch.dtype, round_to: torch.dtype) -> None:
     case = make(backend, dtype, options="bias", round_to=round_to)
     state = run_stats(backend, case, 2)
     assert_statistics(case, state)
     tile, out = output_for(case, dtype, in_place=True)
     backend.module.grad(tile, out, 0, case.targets, None, case.bias, case.spec, exact_state(case), None, None)
-    assert_within_eager(
-        out, expected_grad(case, torch.float64, None), expected_grad(case, torch.float32, None)
-    )
+    assert_within_eager(out, expected_grad(case, torch.float64, None), expected_grad(case, torch.float32, None))
 
 
 @pytest.mark.parametrize("round_to", [torch.bfloat16, torch.float16])
