@@ -1,0 +1,6 @@
+"""Lets the benchmarks import each other whichever way pytest was started."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
