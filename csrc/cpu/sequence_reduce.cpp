@@ -9,16 +9,17 @@ namespace {
 
 using Solo = Team<1>;
 
-// Below this many elements a thread's start costs more than the sums.
-constexpr std::int64_t kInline = 1 << 15;
+// Additions, about 0.1 ms of one core's time, from which on waking a second one pays.
+constexpr std::int64_t kParallel = 1 << 19;
 
 template <typename Body>
 void for_each_sequence(Ragged ragged, int threads, const Body& body) {
   if (ragged.sequences == 0) return;
-  const std::int64_t total = ragged.offsets[ragged.sequences];
+  // Elements, and for each sequence the join of its lanes.
+  const std::int64_t work = ragged.offsets[ragged.sequences] + kLanes * ragged.sequences;
   // Lengths vary, so threads take short runs of sequences as they become free, or single ones of a few.
   const std::int64_t run = std::min<std::int64_t>(16, 1 + ragged.sequences / (4 * threads));
-#pragma omp parallel for schedule(dynamic, run) num_threads(threads) if (threads > 1 && total >= kInline)
+#pragma omp parallel for schedule(dynamic, run) num_threads(threads) if (threads > 1 && work >= kParallel)
   for (std::int64_t s = 0; s < ragged.sequences; ++s) {
     body(s, static_cast<std::int64_t>(ragged.offsets[s]),
          static_cast<std::int64_t>(ragged.offsets[s + 1]) - ragged.offsets[s]);

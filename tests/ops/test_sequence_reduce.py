@@ -184,7 +184,7 @@ def test_packed_equals_one_at_a_time_bit_for_bit(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_bits_do_not_depend_on_the_number_of_threads(mode):
-    lengths = (40_000, 0, 3, 70_000, *range(200))
+    lengths = (400_000, 0, 3, 700_000, *range(200))  # enough work for two threads
     x = torch.randn(sum(lengths), generator=GENERATOR)
     kwargs = options(mode, len(x), x.dtype)
     before = torch.get_num_threads()
