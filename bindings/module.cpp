@@ -11,4 +11,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
   bind_logprobs(m);
+  bind_sequence_reduce(m);
 }

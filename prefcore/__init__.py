@@ -5,9 +5,11 @@ Importing this package needs torch alone; triton and transformers are imported w
 
 from prefcore._types import TokenStats
 from prefcore.ops._plan import Plan, plan
+from prefcore.ops.aggregate import aggregate
 from prefcore.ops.linear_logprobs import linear_logprobs
 from prefcore.ops.logprobs import logprobs
+from prefcore.ops.sequence_reduce import sequence_reduce
 
 __version__ = "0.1.0"
 
-__all__ = ["Plan", "TokenStats", "linear_logprobs", "logprobs", "plan"]
+__all__ = ["Plan", "TokenStats", "aggregate", "linear_logprobs", "logprobs", "plan", "sequence_reduce"]

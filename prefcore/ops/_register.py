@@ -11,8 +11,8 @@ from torch._ops import OpOverload
 def register(schema: str, launcher: Callable, fake: Callable, key: str) -> OpOverload:
     """Define ``prefcore::<schema>``, run by ``launcher`` on tensors of one device type.
 
-    A launcher imports what it launches (the extension, a Triton module) when it is called: registering must need
-    torch alone. Autograd is not registered; an ``autograd.Function`` around the operators provides it.
+    A launcher imports what it launches (the extension, a Triton module) when it is called: registering must
+    need torch alone. Autograd is not registered; an ``autograd.Function`` around the operators provides it.
 
     Args:
         schema: name and signature of fixed arity, such as ``"halve_cpu(Tensor x) -> Tensor"``.

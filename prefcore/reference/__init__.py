@@ -1,6 +1,8 @@
 """The oracle of each op: the shortest readable PyTorch, in the dtype it is given, differentiable."""
 
+from prefcore.reference.aggregate import aggregate
 from prefcore.reference.linear_logprobs import linear_logprobs
 from prefcore.reference.logprobs import logprobs
+from prefcore.reference.sequence_reduce import sequence_reduce
 
-__all__ = ["linear_logprobs", "logprobs"]
+__all__ = ["aggregate", "linear_logprobs", "logprobs", "sequence_reduce"]

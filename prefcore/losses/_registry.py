@@ -1,0 +1,84 @@
+"""What is known of each method: its names, where it comes from, and what it must be given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+from torch import Tensor
+
+Family = Literal["pairwise"]
+
+# What a method must be given beside the policy's log-probs of its responses.
+Need = Literal[
+    "reference",  # log-probs under the reference policy
+    "previous",  # log-probs under the previous iterate
+    "token_logps",  # log-probs of single tokens, not of sequences
+    "divergence",  # full-vocabulary divergences between policy and reference
+    "rewards",  # rewards or ranks of the responses
+    "groups",  # all responses of a prompt together
+    "contexts",  # log-probs of the same tokens in further contexts
+    "lengths",  # numbers of response tokens
+]
+_NEEDS = frozenset(get_args(Need))
+
+_Loss = TypeVar("_Loss", bound=Callable[..., Tensor])
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of the registry."""
+
+    name: str
+    function: Callable[..., Tensor]
+    family: Family
+    paper: str
+    needs: frozenset[Need]
+    separable: bool  # the loss of each pair or group depends on that pair or group alone
+    aliases: tuple[str, ...] = ()  # the names that TRL's `loss_type` has for it
+
+
+_METHODS: dict[str, Method] = {}  # by name and by alias
+
+
+def register(
+    *,
+    family: Family,
+    paper: str,
+    needs: tuple[Need, ...] = (),
+    separable: bool = True,
+    aliases: tuple[str, ...] = (),
+) -> Callable[[_Loss], _Loss]:
+    """Enter the decorated function under its own name and its aliases."""
+
+    def enter(function: _Loss) -> _Loss:
+        unknown = set(needs) - _NEEDS
+        if unknown:
+            raise ValueError(f"needs must be among {sorted(_NEEDS)}, got {sorted(unknown)}")
+        name = function.__name__
+        method = Method(name, function, family, paper, frozenset(needs), separable, aliases)
+        for key in (name, *aliases):
+            if key in _METHODS:
+                raise ValueError(f"the name {key!r} is taken by {_METHODS[key].name!r}")
+        _METHODS.update(dict.fromkeys((name, *aliases), method))
+        return function
+
+    return enter
+
+
+def get(name: str) -> Method:
+    """The method of that name or alias.
+
+    Raises:
+        ValueError: no such method.
+    """
+    try:
+        return _METHODS[name]
+    except KeyError:
+        raise ValueError(f"loss must be one of {names()} or an alias, got {name!r}") from None
+
+
+def names() -> tuple[str, ...]:
+    """The names of all methods, aliases apart, in alphabetical order."""
+    return tuple(sorted({method.name for method in _METHODS.values()}))

@@ -1,0 +1,63 @@
+"""Checks of arguments that ops share. Those on values run inside launchers, so that ops can be traced."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+
+def check_values(device: torch.device) -> bool:
+    """Whether to check tensor values: on the CPU always, on a GPU, where that synchronises, on request."""
+    return device.type == "cpu" or os.environ.get("PREFCORE_CHECK") == "1"
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Refuse anything but a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_number(name: str, value: object, alternative: str = "") -> None:
+    """Refuse anything but an int or a float."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number{alternative}, got {type(value).__name__}")
+
+
+def check_ragged(name: str, x: Tensor, cu_seqlens: Tensor) -> None:
+    """Check all but values: ``x [T]`` float32 or float64, ``cu_seqlens [S + 1]`` int32 on the same device."""
+    check_tensor(name, x)
+    check_tensor("cu_seqlens", cu_seqlens)
+    if x.dim() != 1:
+        raise ValueError(f"{name} must have shape [T], got {list(x.shape)}")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must be float32 or float64, got {x.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must have shape [S + 1], got {list(cu_seqlens.shape)}")
+    if cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens must be on {name}'s device {x.device}, got {cu_seqlens.device}")
+
+
+def check_offset_values(name: str, offsets: Tensor, total: int) -> None:
+    """Check that ``offsets`` start at 0, do not decrease, and end at ``total``.
+
+    Reads the values, so it synchronises with a GPU.
+    """
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0:
+        raise ValueError(f"{name} must start at 0, got {first}")
+    if last != total:
+        raise ValueError(f"{name} must end at the number of rows, {total}, got {last}")
+    falls = offsets[1:] < offsets[:-1]
+    if bool(falls.any()):
+        at = int(falls.to(torch.int32).argmax())
+        raise ValueError(f"{name} must not decrease, got {int(offsets[at])} before {int(offsets[at + 1])} (index {at})")
+
+
+def check_reference_offsets(name: str, offsets: Tensor, total: int) -> None:
+    """:func:`check_offset_values` for the reference, which has no launcher; not while a compiler traces."""
+    if not torch.compiler.is_compiling() and check_values(offsets.device):
+        check_offset_values(name, offsets, total)
