@@ -13,7 +13,7 @@ ifdef TORCH_INDEX
 INSTALL += --extra-index-url $(TORCH_INDEX)
 endif
 NATIVE := CMakeLists.txt $(shell find csrc bindings -type f 2>/dev/null)
-CXX_FILES = $(shell find csrc bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc bindings -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test lint bench gpu gpu-install clean
 .DELETE_ON_ERROR:

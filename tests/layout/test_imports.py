@@ -20,7 +20,7 @@ LAYERS = (
     ("prefcore",),  # the package's own __init__ re-exports the ops
     ("prefcore.losses", "prefcore.rewards", "prefcore.advantages", "prefcore.outer", "prefcore.distributed"),
     ("prefcore.data",),
-    ("prefcore.hf", "prefcore.trl", "prefcore.nn", "prefcore.cli"),
+    ("prefcore.hf", "prefcore.trl", "prefcore.nn", "prefcore.cli", "prefcore.__main__"),
 )
 LEVEL = {prefix: level for level, prefixes in enumerate(LAYERS) for prefix in prefixes}
 # The one layer that may import each of these.
@@ -47,7 +47,7 @@ MODULES = modules()
 
 def level(module: str) -> int:
     parts = module.split(".")
-    if len(parts) > 1 and parts[1].startswith("_"):
+    if len(parts) > 1 and parts[1].startswith("_") and module not in LEVEL:
         return 0
     prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     return next(LEVEL[prefix] for prefix in prefixes if prefix in LEVEL)

@@ -16,8 +16,8 @@ TOP = {
     *("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
     *(".ci", ".clang-format", ".gitignore", ".pre-commit-config.yaml"),
 }
-# Ops whose rows are another op's: their arithmetic is in that op's kernel.
-COMPOSED = {"linear_logprobs": "logprobs"}
+# Ops without a kernel of their own: the one whose kernel they run.
+COMPOSED = {"linear_logprobs": "logprobs", "aggregate": "sequence_reduce"}
 
 pytestmark = pytest.mark.quick
 
