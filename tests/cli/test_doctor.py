@@ -1,0 +1,77 @@
+"""``prefcore doctor``."""
+
+import argparse
+import importlib.metadata
+import json
+
+import pytest
+import torch
+
+from prefcore import _impl, _native
+from prefcore.cli import doctor
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture
+def forgetful():
+    """Nothing that was learnt of this installation outlives the test."""
+    _impl.missing.cache_clear()
+    yield
+    _impl.missing.cache_clear()
+
+
+def report(capsys, *options):
+    parser = argparse.ArgumentParser()
+    doctor.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["doctor", *options])
+    assert args.run(args) == 0
+    return capsys.readouterr().out
+
+
+def test_the_json_names_versions_devices_and_every_op(capsys):
+    data = json.loads(report(capsys, "--json"))
+    assert data["versions"]["torch"] == importlib.metadata.version("torch")
+    assert data["devices"]["cpu"]["threads"] == torch.get_num_threads()
+    assert len(data["devices"]["cuda"]) == torch.cuda.device_count()
+    assert set(data["ops"]) == set(_impl.IMPLEMENTATIONS)
+
+
+def test_an_op_is_available_where_auto_takes_it(capsys):
+    for op, entry in json.loads(report(capsys, "--json"))["ops"].items():
+        assert entry["implementations"]["reference"] is None
+        assert entry["auto"]["cpu"] == "cpu"
+        assert entry["implementations"]["cpu"] is None, op
+
+
+def test_the_text_names_every_op_and_implementation(capsys):
+    text = report(capsys)
+    for op, offered in _impl.IMPLEMENTATIONS.items():
+        assert f"{op}: auto takes cpu on cpu" in text
+        assert all(impl in text for impl in offered.values())
+
+
+def test_a_missing_extension_is_named_with_the_way_to_get_it(capsys, monkeypatch, forgetful):
+    monkeypatch.setattr(_native, "load", lambda: None)
+    text = report(capsys)
+    assert "prefcore._C   not built" in text
+    assert "not here: the extension prefcore._C is not built: run `pip install .`" in text
+    assert "auto takes nothing on cpu" in text
+
+
+def test_an_extra_names_what_is_absent_or_too_old(monkeypatch):
+    have = {"transformers": "4.57.6", "accelerate": "1.10.0"}
+    monkeypatch.setattr(doctor, "_version", have.get)
+    bounds = ["transformers>=5.0", "accelerate>=1.10", "matplotlib>=3.9"]
+    required = ["torch>=2.11", *(f'{bound}; extra == "hf"' for bound in bounds), 'trl>=1.16; extra == "trl"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: required)
+    assert doctor._extra("hf") == {
+        "present": False,
+        "get": "pip install 'transformers>=5.0' 'matplotlib>=3.9'",
+    }
+
+
+def test_a_present_extra_asks_for_nothing(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: "5.0.0+local")
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["transformers>=5.0; extra == 'hf'"])
+    assert doctor._extra("hf") == {"present": True, "get": None}
