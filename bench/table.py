@@ -1,8 +1,9 @@
 """The head op and its peers against the GEMM they are made of: ``python -m bench.table``.
 
-Every case runs in a process of its own. Its time is taken between two GEMMs ``[T, D] x [D, V]`` of the same size, again
-and again, and what is quoted is the median of the ratios: on a shared machine that holds where seconds do not. Its memory
-is the growth of the peak resident size (on a GPU, of the peak allocation) in another fresh process that runs one step.
+Every case runs in a process of its own. Its time is taken between two GEMMs ``[T, D] x [D, V]`` of the same size,
+again and again, and what is quoted is the median of the ratios: on a shared machine that holds where seconds do not.
+Its memory is the growth of the peak resident size (on a GPU, of the peak allocation) in another fresh process that
+runs one step.
 """
 
 from __future__ import annotations

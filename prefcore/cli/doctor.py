@@ -161,9 +161,7 @@ def _text(report: dict[str, Any]) -> str:
     lines = ["versions"]
     lines += [f"  {name:14}{version or '-'}" for name, version in report["versions"].items()]
     extension = report["extension"]
-    built = (
-        "not built" if not extension["built"] else f"built {'with' if extension['cuda'] else 'without'} CUDA"
-    )
+    built = "not built" if not extension["built"] else f"built {'with' if extension['cuda'] else 'without'} CUDA"
     lines.append(f"  {'prefcore._C':14}{built}")
 
     cpu, devices = report["devices"]["cpu"], report["devices"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prefcore._types import OUTPUTS, TokenStats
+from prefcore.ops._checks import check_number, check_values
 from prefcore.ops._stats import accumulator_dtype
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -35,19 +35,16 @@ def check_logit_options(
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown:
         raise ValueError(f"outputs may name {OUTPUTS}, got {unknown}")
-    if softcap is not None and not 0 < _number("softcap", softcap) < math.inf:
-        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
-    if not abs(_number("logit_scale", logit_scale)) < math.inf:
+    if softcap is not None:
+        check_number("softcap", softcap, " or None")
+        if not 0 < softcap < math.inf:
+            raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    check_number("logit_scale", logit_scale)
+    if not abs(logit_scale) < math.inf:
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     return frozenset(outputs)
-
-
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return value
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
@@ -64,7 +61,8 @@ def check_target_dtype(targets: Tensor) -> None:
 def row_temperature(temperature: float | Tensor, targets: Tensor, like: Tensor) -> tuple[float, Tensor | None]:
     """A number, and ``[T]`` temperatures in the accumulator's type where they differ by row."""
     if not isinstance(temperature, Tensor):
-        if not 0 < _number("temperature", temperature) < math.inf:
+        check_number("temperature", temperature, " or a tensor")
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         return float(temperature), None
     if temperature.requires_grad:
@@ -80,7 +78,7 @@ def row_temperature(temperature: float | Tensor, targets: Tensor, like: Tensor) 
 
 def check_targets(targets: Tensor, vocab: int, ignore_index: int, temperature: Tensor | None) -> None:
     """Refuse values out of range, where looking at them costs no synchronisation or was asked for."""
-    if targets.device.type != "cpu" and os.environ.get("PREFCORE_CHECK") != "1":
+    if not check_values(targets.device):
         return
     bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
     if bool(bad.any()):

@@ -98,10 +98,9 @@ def finish(state: Tensor, targets: Tensor, settings: StatsSettings, vocab: int) 
 
 def stats_like(rows: int | torch.SymInt, like: Tensor, settings: StatsSettings) -> Stats:
     """What :func:`finish` returns, without values."""
-
-    dtypes = Stats(*[accumulator_dtype(like.dtype)] * 6)._replace(top1=torch.bool)
-    sizes = (rows if wanted else 0 for wanted in settings.wanted)
-    return Stats(*(like.new_empty((size,), dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)))
+    dtype = accumulator_dtype(like.dtype)
+    stats = Stats(*(like.new_empty((rows if wanted else 0,), dtype=dtype) for wanted in settings.wanted))
+    return stats._replace(top1=stats.top1.to(torch.bool))
 
 
 class RowGradient(NamedTuple):
