@@ -32,7 +32,7 @@ struct Map {
   S inner, outer;
   S factor;  // dz/dx without the softcap's slope
   const S* bias;
-  bool capped, divided, plain;
+  bool capped, divided, rounded, plain;
   Type round_to;
 
   Map(const LogitRows& a, int64_t row) {
@@ -47,7 +47,8 @@ struct Map {
     outer = static_cast<S>(a.softcap / temperature);
     bias = static_cast<const S*>(a.bias);
     round_to = a.round_to;
-    plain = !capped && !bias && round_to == a.type;
+    rounded = round_to != a.type;
+    plain = !capped && !bias && !rounded;
   }
 };
 
@@ -63,7 +64,7 @@ PREFCORE_INLINE typename T::A::Scalar read_block_as(const typename T::Stored* x,
   const V inner = splat<A>(map.inner), outer = splat<A>(map.outer);
   const auto z_of = [&](V v, const S* b, int64_t i) __attribute__((always_inline)) {
     if (!kPlain) {
-      v = round_to(map.round_to, v);
+      if (map.rounded) v = round_to(map.round_to, v);
       if (b) v += load_vector<V>(b);
     }
     v = map.divided ? v / inner : v * inner;
@@ -164,15 +165,22 @@ void add_exponentials(Block<A>& block, int64_t n, Running<A>& row) {
   // Before the first finite logit the peak is -inf, and every exponential must come out 0.
   const typename A::Scalar peak = row.peak == -kInfinity<A> ? 0 : row.peak;
   V total{}, shifted{}, squares{};
-  for (int64_t i = 0; i < n; i += kLanes<A>) {
-    const V t = load_vector<V>(block.z + i) - peak;
-    const V e = exp<A>(t);
-    total += e;
-    if (kMoments) {
-      shifted = e == 0 ? shifted : fma(e, t, shifted);  // t may be -inf
-      squares = fma(e, e, squares);
+  // In two levels: one long chain of additions would collect a rounding from each.
+  constexpr int64_t kPart = 16 * kLanes<A>;
+  for (int64_t start = 0; start < n; start += kPart) {
+    const int64_t end = start + kPart < n ? start + kPart : n;
+    V part{}, shifted_part{}, squares_part{};
+    for (int64_t i = start; i < end; i += kLanes<A>) {
+      const V t = load_vector<V>(block.z + i) - peak;
+      const V e = exp<A>(t);
+      part += e;
+      if (kMoments) {
+        shifted_part = e == 0 ? shifted_part : fma(e, t, shifted_part);  // t may be -inf
+        squares_part = fma(e, e, squares_part);
+      }
+      if (kKeep) store_vector(block.z + i, e);
     }
-    if (kKeep) store_vector(block.z + i, e);
+    total += part, shifted += shifted_part, squares += squares_part;
   }
   row.total += sum_lanes<A>(total);
   if (kMoments) {

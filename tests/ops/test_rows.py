@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from prefcore import _native
 from prefcore.ops._spec import LogitSpec, Row
 
 
@@ -21,10 +22,12 @@ class Backend(NamedTuple):
     device: torch.device
 
 
+def cpu() -> Backend:
+    return Backend(importlib.import_module("prefcore.ops._rows_cpu"), torch.device("cpu"))
+
+
 # How to get each back end: a function, so that one that is missing here fails or skips only its own cases.
-BACKENDS: dict[str, Callable[[], Backend]] = {
-    "cpu": lambda: Backend(importlib.import_module("prefcore.ops._rows_cpu"), torch.device("cpu")),
-}
+BACKENDS: dict[str, Callable[[], Backend]] = {"cpu-baseline": cpu, "cpu-avx2": cpu, "cpu-avx512": cpu}
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PAIRS = [(dtype, dtype) for dtype in DTYPES] + [
@@ -35,8 +38,15 @@ IGNORE = -100
 
 
 @pytest.fixture(params=list(BACKENDS))
-def backend(request: pytest.FixtureRequest) -> Backend:
-    return BACKENDS[request.param]()
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    found = BACKENDS[request.param]()
+    kind, _, isa = request.param.partition("-")
+    if kind == "cpu":
+        names = _native.require().cpu_isa_names()
+        if isa not in names:
+            pytest.skip(f"this machine's instruction sets are {names}")
+        monkeypatch.setattr(found.module, "_level", lambda: names.index(isa))
+    return found
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -456,8 +466,8 @@ def test_outputs_hold_for_any_vocabulary(backend: Backend, dtype: torch.dtype, v
     state = new_state(case)
     backend.module.weigh(tile, out, 0, case.targets, None, None, case.spec, state, None)
     assert_statistics(case, state)
-    if out.stride(0) > vocab:
-        assert (out.as_strided((3, 3), (out.stride(0), 1), vocab) == 7).all()
+    beyond = out.as_strided((3, 3), (out.stride(0), 1), vocab)
+    assert (beyond == 7).all()
 
 
 @pytest.mark.parametrize(
@@ -568,6 +578,21 @@ def test_empty_tiles_do_nothing(backend: Backend, shape: tuple[int, int]) -> Non
     assert torch.equal(state, before)
 
 
+def test_offsets_of_rows_pass_2_to_the_31(backend: Backend) -> None:
+    case = make(backend, torch.bfloat16, rows=2)
+    # Memory that is not touched is not taken.
+    far = torch.empty(2**31 + 3000, dtype=torch.bfloat16, device=backend.device).as_strided(
+        (2, 1000), (2**31 + 8, 1)
+    )
+    far.copy_(case.x)
+    state = new_state(case)
+    backend.module.stats_grad(far, far, case.targets, None, None, case.spec, state)
+    assert_statistics(case, state)
+    assert_within_eager(
+        far, expected_grad(case, torch.float64, None), expected_grad(case, torch.float32, None)
+    )
+
+
 def test_layouts_and_types_that_kernels_cannot_read_are_refused(backend: Backend) -> None:
     case = make(backend)
     state = new_state(case)
@@ -586,3 +611,40 @@ def test_layouts_and_types_that_kernels_cannot_read_are_refused(backend: Backend
     temperature = torch.ones(5, dtype=torch.float64, device=backend.device)
     with pytest.raises(ValueError, match="temperature"):
         backend.module.stats(case.x, 0, case.targets, temperature, None, case.spec, state)
+
+
+def test_results_on_the_cpu_do_not_depend_on_the_number_of_threads() -> None:
+    case = make(cpu(), rows=64, vocab=5000, options="ignored softcap")
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            stats, weighed = run_stats(cpu(), case, 2), new_state(case)
+            weights, gradient = torch.empty_like(case.x), torch.empty_like(case.x)
+            cpu().module.weigh(case.x, weights, 0, case.targets, None, None, case.spec, weighed, None)
+            cpu().module.grad(case.x, gradient, 0, case.targets, None, None, case.spec, stats, None, None)
+            runs.append((stats, weighed, weights, gradient))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(map(torch.equal, runs[0], run))
+
+
+def test_an_instruction_set_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, names = cpu().module, _native.require().cpu_isa_names()
+    assert names[0] == "baseline"
+    monkeypatch.delenv("PREFCORE_CPU_ISA", raising=False)
+    assert module._level.__wrapped__() == len(names) - 1
+    for level, name in enumerate(names):
+        monkeypatch.setenv("PREFCORE_CPU_ISA", name)
+        assert module._level.__wrapped__() == level
+    monkeypatch.setenv("PREFCORE_CPU_ISA", "mmx")
+    with pytest.raises(ValueError, match=r"PREFCORE_CPU_ISA.*'mmx'"):
+        module._level.__wrapped__()
+
+
+@pytest.mark.parametrize("size", [0, 10, 3 << 20])
+def test_advice_on_pages_leaves_the_values(size: int) -> None:
+    buffer = torch.arange(size)
+    cpu().module.advise_huge(buffer)
+    assert torch.equal(buffer, torch.arange(size))
