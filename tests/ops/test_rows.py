@@ -581,16 +581,12 @@ def test_empty_tiles_do_nothing(backend: Backend, shape: tuple[int, int]) -> Non
 def test_offsets_of_rows_pass_2_to_the_31(backend: Backend) -> None:
     case = make(backend, torch.bfloat16, rows=2)
     # Memory that is not touched is not taken.
-    far = torch.empty(2**31 + 3000, dtype=torch.bfloat16, device=backend.device).as_strided(
-        (2, 1000), (2**31 + 8, 1)
-    )
+    far = torch.empty(2**31 + 3000, dtype=torch.bfloat16, device=backend.device).as_strided((2, 1000), (2**31 + 8, 1))
     far.copy_(case.x)
     state = new_state(case)
     backend.module.stats_grad(far, far, case.targets, None, None, case.spec, state)
     assert_statistics(case, state)
-    assert_within_eager(
-        far, expected_grad(case, torch.float64, None), expected_grad(case, torch.float32, None)
-    )
+    assert_within_eager(far, expected_grad(case, torch.float64, None), expected_grad(case, torch.float32, None))
 
 
 def test_layouts_and_types_that_kernels_cannot_read_are_refused(backend: Backend) -> None:
