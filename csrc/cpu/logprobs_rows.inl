@@ -159,16 +159,18 @@ struct Running {
   }
 };
 
+// Sums over a block go in two levels, parts of it first: one long chain of additions collects its roundings.
+template <class A>
+constexpr int64_t kPart = 16 * kLanes<A>;
+
 template <class A, bool kMoments, bool kKeep>
 void add_exponentials(Block<A>& block, int64_t n, Running<A>& row) {
   using V = typename A::V;
   // Before the first finite logit the peak is -inf, and every exponential must come out 0.
   const typename A::Scalar peak = row.peak == -kInfinity<A> ? 0 : row.peak;
   V total{}, shifted{}, squares{};
-  // In two levels: one long chain of additions would collect a rounding from each.
-  constexpr int64_t kPart = 16 * kLanes<A>;
-  for (int64_t start = 0; start < n; start += kPart) {
-    const int64_t end = start + kPart < n ? start + kPart : n;
+  for (int64_t start = 0; start < n; start += kPart<A>) {
+    const int64_t end = start + kPart<A> < n ? start + kPart<A> : n;
     V part{}, shifted_part{}, squares_part{};
     for (int64_t i = start; i < end; i += kLanes<A>) {
       const V t = load_vector<V>(block.z + i) - peak;
@@ -204,12 +206,16 @@ void add_block(const LogitRows& a, Block<A>& block, int64_t n, typename A::Scala
     if (top > row.before) row.before = top;
   }
   if (a.mean) {
+    const int64_t whole = n - n % kLanes<A>;
     V sum{};
-    typename A::Scalar rest = 0;
-    int64_t i = 0;
-    for (; i + kLanes<A> <= n; i += kLanes<A>) sum += load_vector<V>(block.z + i);
-    for (; i < n; ++i) rest += block.z[i];
-    row.sum += sum_lanes<A>(sum) + rest;
+    for (int64_t start = 0; start < whole; start += kPart<A>) {
+      const int64_t end = start + kPart<A> < whole ? start + kPart<A> : whole;
+      V part{};
+      for (int64_t i = start; i < end; i += kLanes<A>) part += load_vector<V>(block.z + i);
+      sum += part;
+    }
+    row.sum += sum_lanes<A>(sum);
+    for (int64_t i = whole; i < n; ++i) row.sum += block.z[i];
   }
   const bool moments = a.entropy || a.squares;
   if (moments && keep) return add_exponentials<A, true, true>(block, n, row);

@@ -554,6 +554,16 @@ def test_before_tells_a_first_maximum_from_a_tie(
         assert torch.equal(weighed[Row.BEFORE], state[Row.BEFORE])
 
 
+def test_sums_over_equal_logits_do_not_drift(backend: Backend) -> None:
+    # Every rounding of one chain of additions would go the same way.
+    case = make(backend, rows=9, vocab=1100)
+    case.x = torch.linspace(0.1, 3, 9, device=backend.device)[:, None].expand(-1, 1100).contiguous()
+    state = run_stats(backend, case)
+    error = (state[Row.SUM].double() / 1100 - case.x[:, 0].double()).abs() / case.x[:, 0].double()
+    assert error.max().item() <= 4 * torch.finfo(torch.float32).eps
+    assert torch.equal(state[Row.TOTAL], torch.full_like(state[Row.TOTAL], 1100.0))
+
+
 def test_only_the_statistics_asked_for_are_kept(backend: Backend) -> None:
     case = make(backend)
     full = run_stats(backend, case)
