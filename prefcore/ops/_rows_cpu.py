@@ -111,15 +111,6 @@ def stats_grad(
     _native.require().logprobs_stats_grad(rows, _level(), torch.get_num_threads())
 
 
-def advise_huge(tensor: torch.Tensor) -> None:
-    """Ask the system to back a large new buffer with huge pages, before its first touch.
-
-    Where Linux leaves huge pages to such advice, the first touch of 256 MB takes 8 ms so, and 34 ms without.
-    """
-    storage = tensor.untyped_storage()
-    _native.require().advise_huge(storage.data_ptr(), storage.nbytes())
-
-
 @functools.cache
 def _level() -> int:
     """Which of the machine's instruction sets to use, counted from the slowest."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prefcore.ops import _plan
 from prefcore.ops._gemm import addmm, mm
+from prefcore.ops._memory import advise_huge, empty
 from prefcore.ops._spec import Row
 from prefcore.ops._stats import (
     RowGradient,
@@ -154,7 +155,7 @@ def forward(
 
 def _allocate_retained(hidden: Tensor, weight: Tensor, settings: HeadSettings, rows: int) -> Tensor:
     try:
-        return retained_like(hidden, weight, settings, rows)
+        return advise_huge(retained_like(hidden, weight, settings, rows))
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         # The CPU allocator raises a plain RuntimeError.
         scarce = isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
@@ -179,7 +180,7 @@ def _retain(
     step = max(1, bounds.tile_rows * bounds.tile_cols // V) if wide else retained.shape[0]
     for rows in _spans(0, retained.shape[0], step):
         kept = retained[rows]
-        tile = torch.empty(kept.shape, dtype=head.types.tile, device=kept.device) if wide else kept
+        tile = empty(*kept.shape, dtype=head.types.tile, device=kept.device) if wide else kept
         # A weight that must be converted is converted slice by slice.
         width = V if head.weight.dtype == head.types.operand else bounds.tile_cols
         for cols in _spans(0, V, width):
@@ -202,10 +203,10 @@ def _sweep(
     """Statistics of the rows from ``first_row`` on, through one tile; also Σ exp(z - PEAK)·d·W[v] where wanted."""
     V, frozen = head.weight.shape[0], mean_weight.numel() > 0
     shape = min(bounds.tile_rows, head.rows - first_row), min(bounds.tile_cols, V)
-    buffer = torch.empty(shape, dtype=head.types.tile, device=state.device)
+    buffer = empty(*shape, dtype=head.types.tile, device=state.device)
     weights = buffer
     if frozen and head.types.tile != head.types.operand:
-        weights = torch.empty(shape, dtype=head.types.operand, device=state.device)
+        weights = empty(*shape, dtype=head.types.operand, device=state.device)
     for cols in _spans(0, V, bounds.tile_cols):
         weight = head.weight_slice(cols)
         for rows in _spans(first_row, head.rows, bounds.tile_rows):
@@ -358,10 +359,10 @@ class _BackwardWalk:
 
     def _scratch(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
         """Room for one tile of logits and, where it has another type, one of their gradient."""
-        logits = torch.empty(rows, width, dtype=self.head.types.tile, device=self.state.device)
+        logits = empty(rows, width, dtype=self.head.types.tile, device=self.state.device)
         if self.head.types.operand == self.head.types.tile:
             return logits, logits
-        return logits, torch.empty(rows, width, dtype=self.head.types.operand, device=self.state.device)
+        return logits, empty(rows, width, dtype=self.head.types.operand, device=self.state.device)
 
     def _gradient_tile(
         self, rows: slice, cols: slice, weight: Tensor, scratch: tuple[Tensor, Tensor], direct: bool
@@ -408,8 +409,9 @@ class _WeightGradient:
         scaled = (head.hidden.to(head.accumulate) * scale).masked_fill_(scale == 0, 0)
         self.scaled = scaled.to(head.types.operand)
         if out is None:
-            make = torch.empty if chunks else torch.zeros
-            self.result = make(head.weight.shape, dtype=head.weight.dtype, device=head.weight.device)
+            self.result = empty(*head.weight.shape, dtype=head.weight.dtype, device=head.weight.device)
+            if not chunks:
+                self.result.zero_()
         self.target = self.result if out is None else out
 
     def add(self, rows: slice, cols: slice, tile: Tensor) -> None:
@@ -421,7 +423,7 @@ class _WeightGradient:
             mm(out, tile.t(), side)
         else:
             if first or self.slice_sum is None:
-                self.slice_sum = torch.empty(out.shape, dtype=self.head.accumulate, device=out.device)
+                self.slice_sum = empty(*out.shape, dtype=self.head.accumulate, device=out.device)
                 mm(self.slice_sum, tile.t(), side)
             else:
                 addmm(self.slice_sum, tile.t(), side)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from prefcore import _native
+from prefcore.ops._memory import advise_huge
 from prefcore.ops._spec import LogitSpec, Row
 
 
@@ -652,5 +653,5 @@ def test_an_instruction_set_can_be_named(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("size", [0, 10, 3 << 20])
 def test_advice_on_pages_leaves_the_values(size: int) -> None:
     buffer = torch.arange(size)
-    cpu().module.advise_huge(buffer)
+    assert advise_huge(buffer) is buffer
     assert torch.equal(buffer, torch.arange(size))
