@@ -15,14 +15,12 @@ class RowConfig:
     """How many threads walk a row, and how many 16-byte vectors each takes in a step."""
 
     threads: int
-    vectors: int = (
-        2  # keeps 32 KB a multiprocessor in flight from 1024 resident threads on: latency times bandwidth
-    )
+    vectors: int = 2  # keeps 32 KB a multiprocessor in flight from 1024 resident threads on: latency times bandwidth
 
     def options(self, device: torch.device) -> dict[str, int]:
         """The compiler's options on ``device``."""
         options = {"num_warps": max(1, self.threads // warp_size(device))}
-        if self.threads == 1024 and torch.version.hip is None:
+        if self.threads == 1024 and nvidia(device):
             # Left alone, ptxas may spill to get by with 32 registers and fit a second program, which is not
             # wanted.
             options["maxnreg"] = 64
@@ -62,6 +60,10 @@ def row_config(ladder: Ladder, columns: int, dtype: torch.dtype, states: int) ->
     if dtype == torch.float64 or (config.threads == 1024 and states > 4):
         return RowConfig(config.threads, 1)
     return config
+
+
+def nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefcore.kernels import _launch as launch
 from prefcore.kernels._launch import ONE_PASS, TWO_PASSES, VECTOR_BYTES, Ladder, row_config
 
 if TYPE_CHECKING:
@@ -53,7 +54,10 @@ class Variant:
     lanes: int
     k: int  # elements of a lane, 16 bytes
     peel: bool  # rows need not start at a multiple of k elements
+    scaled: bool  # z is not x (+ bias) itself
     softcap: bool
+    select: bool  # -inf at masked-off elements would not stay -inf
+    flush: bool  # subnormal results of exp are 0
     round_to: tl.dtype | None
     out_like_tile: bool = False  # rows of out are aligned as those of the tile
     entropy: bool = False
@@ -96,11 +100,27 @@ def _round(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _tanh(y):
+def _widen(x, V: tl.constexpr):
+    if INTERPRETED and x.dtype == tl.bfloat16:  # where a plain conversion misreads subnormal numbers
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(V.acc)
+
+
+@triton.jit
+def _exp(x, V: tl.constexpr):
+    if V.flush:  # without three instructions per element for results below 1e-38
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp(x)
+
+
+@triton.jit
+def _tanh(y, V: tl.constexpr):
     """Below 1/2 the [7/6] Padé approximant, good to 2e-16 there; else by exp."""
     a = tl.abs(y)
     q = a * a
-    e = tl.exp(-2.0 * a)
+    e = _exp(-2.0 * a, V)
     near = a < 0.5
     upper = a * tl.fma(tl.fma(q + 378.0, q, 17325.0), q, 135135.0)
     lower = tl.fma(tl.fma(tl.fma(q, 28.0, 3150.0), q, 62370.0), q, 135135.0)
@@ -150,9 +170,7 @@ def _columns(start, span, EDGE: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def _source(
-    tile_ptr, tile_stride, bias_ptr, temperature_ptr, row, span, inner, outer, slope, V: tl.constexpr
-):
+def _source(tile_ptr, tile_stride, bias_ptr, temperature_ptr, row, span, inner, outer, slope, V: tl.constexpr):
     """What :func:`_logits` reads (pointers to the row's first group, factors); dz/dx without the softcap."""
     tile_ptr = _groups(tile_ptr, row, tile_stride, span, True, V)
     if bias_ptr is not None:
@@ -178,31 +196,33 @@ def _source(
 def _logits(source, offsets, mask, V: tl.constexpr):
     """z, -inf where masked off, and the softcap's slope 1 - tanh²."""
     tile_ptr, bias_ptr, inner, rest, outer = source
-    x = tl.load(tile_ptr + offsets, mask=mask, other=0.0)
+    x = tl.load(tile_ptr + offsets, mask=mask, other=-float("inf"))
     if V.round_to is not None:
         x = _round(x, V.round_to)
-    x = x.to(V.acc)
+    x = _widen(x, V)
     if bias_ptr is not None:
-        x += tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(V.acc)
+        x += _widen(tl.load(bias_ptr + offsets, mask=mask, other=0.0), V)
+    flatness = 1.0
     if V.softcap:
-        t = _tanh(x * inner)
+        t = _tanh(x * inner, V)
         z = t * outer
         flatness = 1.0 - t * t
-    else:
+    elif V.scaled:
         # A large x times a rounded 1 / temperature is further off than x / temperature: add what rounding
         # took.
         z = tl.fma(x, inner, tl.clamp(x, FLOOR, -FLOOR) * rest)
-        flatness = 1.0
-    return tl.where(mask, z, -float("inf")), flatness
+    else:
+        z = x
+    if V.select:
+        z = tl.where(mask, z, -float("inf"))
+    return z, flatness
 
 
 @triton.jit
 def _locate(target, col0, span):
     """Whether the target lies in the tile, and its offset from the first group, cut to the tile's range."""
     column = target - col0
-    return (column >= 0) & (column < span[2]), tl.minimum(tl.maximum(column, 0), span[2]).to(tl.int32) - span[
-        0
-    ]
+    return (column >= 0) & (column < span[2]), tl.minimum(tl.maximum(column, 0), span[2]).to(tl.int32) - span[0]
 
 
 @triton.jit
@@ -241,9 +261,9 @@ def _sweep(source, span, target_offset, V: tl.constexpr):
             z, _ = _logits(source, offsets, mask, V)
             higher = tl.maximum(peak, tl.max(z, 1))
             moved = _shift(peak, higher)
-            scale = tl.exp(moved)
+            scale = _exp(moved, V)
             d = z - higher[:, None]
-            e = tl.exp(d)
+            e = _exp(d, V)
             if V.entropy:
                 shifted = (shifted + total * moved) * scale + tl.sum(e * tl.maximum(d, DROP), 1)
             if V.mean:
@@ -256,7 +276,7 @@ def _sweep(source, span, target_offset, V: tl.constexpr):
             peak = higher
     highest = tl.max(peak, 0)
     moved = _shift(peak, highest)
-    scale = tl.exp(moved)
+    scale = _exp(moved, V)
     shifted = tl.sum((shifted + total * moved) * scale, 0)
     squares = tl.sum(squares * (scale * scale), 0)
     return highest, tl.sum(total * scale, 0), shifted, tl.sum(summed, 0), squares, tl.max(before, 0)
@@ -268,9 +288,9 @@ def _merge(state_ptr, stride, old_peak, old_total, statistics, V: tl.constexpr):
     peak, total, shifted, summed, squares, before = statistics
     reference = tl.maximum(old_peak, peak)
     old_moved = _shift(old_peak, reference)
-    old_scale = tl.exp(old_moved)
+    old_scale = _exp(old_moved, V)
     moved = _shift(peak, reference)
-    scale = tl.exp(moved)
+    scale = _exp(moved, V)
     new_total = old_total * old_scale + total * scale
     new_peak = tl.where(new_total == 0, -float("inf"), reference)  # there has been nothing but -inf
     tl.store(state_ptr + PEAK * stride, new_peak)
@@ -313,16 +333,14 @@ def _write_gradient(
             offsets, mask = _columns(start, span, EDGE, V)
             z, flatness = _logits(source, offsets, mask, V)
             logp = (z - peak) - log_total
-            p = tl.exp(logp)
+            p = _exp(logp, V)
             if coef_ptr is None:
                 gradient = tl.where(offsets == hit, 1.0 - p, -p)
             else:
                 gradient = tl.where(offsets == hit, a, 0.0) - b * p
                 if entropy_ptr is not None:
                     gradient -= c * (p * (tl.maximum(logp, DROP) + entropy))
-            tl.store(
-                out_ptr + offsets, _round(gradient * (slope * flatness), out_ptr.dtype.element_ty), mask=mask
-            )
+            tl.store(out_ptr + offsets, _round(gradient * (slope * flatness), out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -347,9 +365,7 @@ def _stats_kernel(
     target = tl.load(targets_ptr + row)
     if target != ignore_index:
         span = _span(row, tile_stride, C, V)
-        source, _ = _source(
-            tile_ptr, tile_stride, bias_ptr, temperature_ptr, row, span, inner, outer, slope, V
-        )
+        source, _ = _source(tile_ptr, tile_stride, bias_ptr, temperature_ptr, row, span, inner, outer, slope, V)
         inside, offset = _locate(target, col0, span)
         state_ptr += row
         peak, total, _ = _open_state(state_ptr, state_stride, source, target, vocab, inside, offset, V)
@@ -386,14 +402,10 @@ def _weigh_kernel(
     if target == ignore_index:
         _write_zeros(out_ptr, span, V)
     else:
-        source, _ = _source(
-            tile_ptr, tile_stride, bias_ptr, temperature_ptr, row, span, inner, outer, slope, V
-        )
+        source, _ = _source(tile_ptr, tile_stride, bias_ptr, temperature_ptr, row, span, inner, outer, slope, V)
         inside, offset = _locate(target, col0, span)
         state_ptr += row
-        old_peak, old_total, _ = _open_state(
-            state_ptr, state_stride, source, target, vocab, inside, offset, V
-        )
+        old_peak, old_total, _ = _open_state(state_ptr, state_stride, source, target, vocab, inside, offset, V)
 
         peaks = tl.full((V.lanes,), FLOOR, V.acc)
         for EDGE in tl.static_range(2):
@@ -412,7 +424,7 @@ def _weigh_kernel(
                 offsets, mask = _columns(start, span, EDGE, V)
                 z, flatness = _logits(source, offsets, mask, V)
                 d = z - peak
-                e = tl.exp(d)
+                e = _exp(d, V)
                 tl.store(out_ptr + offsets, _round(e * flatness, out_ptr.dtype.element_ty), mask=mask)
                 total += tl.sum(e, 1)
                 if V.entropy:
@@ -428,7 +440,7 @@ def _weigh_kernel(
         new_peak, _ = _merge(state_ptr, state_stride, old_peak, old_total, statistics, V)
         # Over a whole walk a row's peak moves about as often as the logarithm of the number of tiles.
         if acc_ptr is not None and new_peak > old_peak:
-            scale = tl.exp(_shift(old_peak, new_peak))
+            scale = _exp(_shift(old_peak, new_peak), V)
             acc_ptr += row * acc_stride
             for start in range(0, D, V.lanes):
                 columns = start + tl.arange(0, V.lanes)
@@ -466,9 +478,7 @@ def _grad_kernel(
     if target == ignore_index:
         _write_zeros(out_ptr, span, V)
     else:
-        source, flat = _source(
-            tile_ptr, tile_stride, bias_ptr, temperature_ptr, row, span, inner, outer, slope, V
-        )
+        source, flat = _source(tile_ptr, tile_stride, bias_ptr, temperature_ptr, row, span, inner, outer, slope, V)
         inside, offset = _locate(target, col0, span)
         state_ptr += row
         z = tl.load(state_ptr + TARGET * state_stride)
@@ -519,14 +529,10 @@ def _stats_grad_kernel(
     if target == ignore_index:
         _write_zeros(out_ptr, span, V)
     else:
-        source, flat = _source(
-            tile_ptr, tile_stride, bias_ptr, temperature_ptr, row, span, inner, outer, slope, V
-        )
+        source, flat = _source(tile_ptr, tile_stride, bias_ptr, temperature_ptr, row, span, inner, outer, slope, V)
         inside, offset = _locate(target, col0, span)
         state_ptr += row
-        old_peak, old_total, z = _open_state(
-            state_ptr, state_stride, source, target, vocab, inside, offset, V
-        )
+        old_peak, old_total, z = _open_state(state_ptr, state_stride, source, target, vocab, inside, offset, V)
         statistics = _sweep(source, span, offset, V)
         peak, total = _merge(state_ptr, state_stride, old_peak, old_total, statistics, V)
         hit = tl.where(inside, offset, C)
@@ -559,7 +565,10 @@ def _launch(
         lanes=config.threads * config.vectors,
         k=k,
         peel=tile.stride(0) % k != 0,
+        scaled=temperature is not None or spec.logit_scale != spec.temperature,
         softcap=spec.softcap is not None,
+        select=spec.softcap is not None or spec.logit_scale <= 0,
+        flush=state.dtype == torch.float32 and launch.nvidia(tile.device),
         round_to=None if spec.round_to in (None, tile.dtype) else TYPES[spec.round_to],
         out_like_tile=out is not None and (out.stride(0) - tile.stride(0)) % k == 0,
         **flags,
@@ -625,14 +634,10 @@ def _check(
         if len(sizes) != len(shape) or any(n not in (None, m) for n, m in zip(shape, sizes, strict=True)):
             raise ValueError(f"{name} must have shape {shape}, got {sizes}")
         if sizes[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{name} must have unit stride in its last dimension, got strides {tensor.stride()}"
-            )
+            raise ValueError(f"{name} must have unit stride in its last dimension, got strides {tensor.stride()}")
         if tensor.device != tile.device:
             raise ValueError(f"{name} must be on {tile.device} like the tile, got {tensor.device}")
-    layouts = {
-        (x.dtype, x.stride()) for x in (tile, out) if x is not None and x.data_ptr() == tile.data_ptr()
-    }
+    layouts = {(x.dtype, x.stride()) for x in (tile, out) if x is not None and x.data_ptr() == tile.data_ptr()}
     if rows > 0 and columns > 0 and len(layouts) > 1:
         raise ValueError("out in the tile's own memory must have its dtype and strides")
 

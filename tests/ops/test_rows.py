@@ -37,6 +37,10 @@ PAIRS = [(dtype, dtype) for dtype in DTYPES] + [
 IGNORE = -100
 
 
+def interpreted(backend: Backend) -> bool:
+    return backend.module.__name__.startswith("prefcore.kernels") and backend.device.type == "cpu"
+
+
 @pytest.fixture(params=list(BACKENDS))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     found = BACKENDS[request.param]()
@@ -509,6 +513,8 @@ def test_narrow_types_are_read_and_written_exactly(backend: Backend, dtype: torc
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     x = bits.view(dtype).to(backend.device)
     x = x[x.isfinite()][:, None]
+    if interpreted(backend):  # at 10 ms a row: every 127th value, with all exponents among them
+        x = x[::127]
     targets = torch.zeros(len(x), dtype=torch.long, device=x.device)
     state = torch.zeros(len(Row), len(x), device=backend.device)
     state[Row.PEAK] = -math.inf
