@@ -26,8 +26,13 @@ def cpu() -> Backend:
     return Backend(importlib.import_module("prefcore.ops._rows_cpu"), torch.device("cpu"))
 
 
+def triton() -> Backend:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Backend(importlib.import_module("prefcore.kernels.logprobs"), device)
+
+
 # How to get each back end: a function, so that one that is missing here fails or skips only its own cases.
-BACKENDS: dict[str, Callable[[], Backend]] = {"cpu-baseline": cpu, "cpu-avx2": cpu, "cpu-avx512": cpu}
+BACKENDS: dict[str, Callable[[], Backend]] = {"cpu-baseline": cpu, "cpu-avx2": cpu, "cpu-avx512": cpu, "triton": triton}
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PAIRS = [(dtype, dtype) for dtype in DTYPES] + [
