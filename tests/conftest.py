@@ -1,0 +1,55 @@
+import os
+
+import pytest
+import torch
+
+# Where there is no GPU, the kernels' tests interpret them on host tensors. Triton decides that when it is
+# imported, which torch may do at any time: hence before any test module.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    """Triton's interpreter replaces the language's functions at every call of a helper; once a launch will do.
+
+    Three quarters of the time of small launches go there.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    replace = interpreter._patch_lang
+
+    def replace_once(function):
+        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in languages):
+            return replace(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = replace_once
+    yield
+    interpreter._patch_lang = replace
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory():
+    """torch.empty returns NaN (or the largest integer), so that an element left unwritten fails its test."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
