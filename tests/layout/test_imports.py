@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 # The layers from the lowest upwards; a module belongs to its longest prefix here.
 LAYERS = (
-    ("prefcore.ops._spec",),  # and prefcore's own private modules
+    ("prefcore.ops._spec", "prefcore.testing"),  # and prefcore's own private modules
     ("prefcore.kernels",),
     ("prefcore.reference",),
     ("prefcore.ops",),
