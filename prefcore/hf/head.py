@@ -79,8 +79,7 @@ def find_head(model: nn.Module, *, probe: bool = True) -> Head:
     backbone = base.base_model
     if backbone is base:
         raise NotImplementedError(
-            f"{type(base).__name__} has no backbone apart from its head "
-            f"(base_model_prefix={base.base_model_prefix!r})"
+            f"{type(base).__name__} has no backbone apart from its head (base_model_prefix={base.base_model_prefix!r})"
         )
     config = base.config.get_text_config()
     scale = 1.0
@@ -113,13 +112,9 @@ def base_model(model: Any) -> Any:
             )
         model = model.get_base_model()
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model_prefix"):
-        raise TypeError(
-            f"expected a transformers causal LM or a PeftModel around one, got {type(model).__name__}"
-        )
+        raise TypeError(f"expected a transformers causal LM or a PeftModel around one, got {type(model).__name__}")
     if getattr(model.config, "is_encoder_decoder", False):
-        raise NotImplementedError(
-            f"{type(model).__name__} is an encoder-decoder; only causal LMs are supported"
-        )
+        raise NotImplementedError(f"{type(model).__name__} is an encoder-decoder; only causal LMs are supported")
     return model
 
 
@@ -191,9 +186,7 @@ def _compare(base: Any, module: nn.Linear, head: Head) -> None:
         try:
             theirs = base(input_ids=ids, attention_mask=mask, use_cache=False).logits
         except Exception as error:
-            raise NotImplementedError(
-                f"{name} does not run on input_ids and attention_mask alone: {error}"
-            ) from error
+            raise NotImplementedError(f"{name} does not run on input_ids and attention_mask alone: {error}") from error
         finally:
             hook.remove()
         if not seen:
@@ -211,9 +204,7 @@ def _compare(base: Any, module: nn.Linear, head: Head) -> None:
         )
     mine = head.logits(seen[1])
     if mine.shape != theirs.shape:
-        raise NotImplementedError(
-            f"{name} returns logits {tuple(theirs.shape)}, its head {tuple(mine.shape)}"
-        )
+        raise NotImplementedError(f"{name} returns logits {tuple(theirs.shape)}, its head {tuple(mine.shape)}")
     gap, ratio = _difference(mine, theirs)
     if not gap <= _tolerance(module.weight.dtype):
         raise NotImplementedError(

@@ -45,7 +45,7 @@ class PreferenceTrainer(Trainer):
         eval_dataset: the same, or a dict of several.
         processing_class: the tokenizer, saved beside the model; its padding token fills batches.
         loss: a name in the registry of :mod:`prefcore.losses`.
-        beta: the strength of the reference, or None for a loss without one.
+        beta: strength of the tie to the reference; the scale of the logged rewards.
         loss_args: further arguments of the loss.
         ref_model: the reference; it is frozen and moved to the device.
         precompute_reference: see above.
@@ -67,25 +67,20 @@ class PreferenceTrainer(Trainer):
         processing_class: Any = None,
         *,
         loss: str = "dpo",
-        beta: float | None = 0.1,
+        beta: float = 0.1,
         loss_args: Mapping[str, Any] | None = None,
         ref_model: nn.Module | None = None,
         precompute_reference: bool = False,
         disable_dropout: bool = True,
         **kwargs: Any,
     ) -> None:
-        self._loss = losses.get(loss)
+        self._method, self._loss_args = loss_settings(loss, beta, loss_args)
         self._beta = beta
-        self._loss_args = dict(loss_args or {})
-        if beta is not None and "beta" in inspect.signature(self._loss.function).parameters:
-            self._loss_args.setdefault("beta", beta)
-        _check_arguments(loss, self._loss.function, self._loss_args)
-        if ref_model is not None and not self._loss.needs_reference:
+        self._needs_reference = "reference" in self._method.needs
+        if ref_model is not None and not self._needs_reference:
             raise ValueError(f"the loss {loss!r} needs no reference; leave ref_model out")
         if ref_model is model:
-            raise ValueError(
-                "ref_model is the model itself; leave it out to train against a frozen copy of it"
-            )
+            raise ValueError("ref_model is the model itself; leave it out to train against a frozen copy of it")
         for dataset in (train_dataset, *_each(eval_dataset)):
             if dataset is not None and not isinstance(dataset, PairDataset):
                 raise TypeError(
@@ -93,9 +88,7 @@ class PreferenceTrainer(Trainer):
                     "see prefcore.data.tokenize_pairs"
                 )
         if args is not None and args.torch_compile:
-            raise NotImplementedError(
-                "torch_compile=True; compile the layers instead, before: model.model.compile()"
-            )
+            raise NotImplementedError("torch_compile=True; compile the layers instead, before: model.model.compile()")
         if args is not None and args.label_smoothing_factor:
             raise ValueError('label_smoothing_factor is not used; take loss="cdpo"')
         find_head(model)
@@ -104,11 +97,7 @@ class PreferenceTrainer(Trainer):
         known = all(d.has_reference for d in (train_dataset, *_each(eval_dataset)) if d is not None)
         adapters = hasattr(model, "disable_adapter")
         self._ref_model = ref_model
-        if (
-            self._loss.needs_reference
-            and ref_model is None
-            and not (known or adapters or precompute_reference)
-        ):
+        if self._needs_reference and ref_model is None and not (known or adapters or precompute_reference):
             self._ref_model = copy.deepcopy(model)
         if self._ref_model is not None:
             find_head(self._ref_model)
@@ -129,7 +118,7 @@ class PreferenceTrainer(Trainer):
         self._totals: dict[str, tuple[list[str], Tensor]] = {}
         if self._ref_model is not None and not hasattr(self._ref_model, "hf_device_map"):
             self._ref_model.to(self.args.device)
-        if self._loss.needs_reference and precompute_reference:
+        if self._needs_reference and precompute_reference:
             self.train_dataset = self._with_reference(self.train_dataset, "train")
             if isinstance(self.eval_dataset, dict):
                 self.eval_dataset = {k: self._with_reference(d, k) for k, d in self.eval_dataset.items()}
@@ -188,9 +177,7 @@ class PreferenceTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         self._totals.pop("eval", None)
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = {f"{metric_key_prefix}_{name}": value for name, value in self._means("eval").items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
 
@@ -222,19 +209,22 @@ class PreferenceTrainer(Trainer):
 
     def _terms(self, logps: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each pair ``[P]`` and its metrics, each ``[P]`` and detached."""
-        arguments = list(logps.chunk(2))
-        if self._loss.needs_reference:
-            if _REFERENCE[0] in inputs:
-                arguments += [inputs[name] for name in _REFERENCE]
-            elif self._ref_model is None and not hasattr(self.model, "disable_adapter"):
-                raise ValueError(
-                    "this dataset has no reference log-probs, and the reference is gone; see with_reference"
-                )
-            else:
-                arguments += self._reference_logps(inputs).chunk(2)
-        per_pair = self._loss.function(*arguments, **self._loss_args)
-        metrics = losses.preference_metrics(*(a.detach() for a in arguments), beta=self._beta)
-        return per_pair, metrics
+        policy = logps.chunk(2)
+        # Without a reference, rewards are beta times the log-probs, as in TRL.
+        reference = [torch.zeros_like(part) for part in policy]
+        if self._needs_reference:
+            reference = self._reference_of(inputs)
+        arguments = (*policy, *reference) if self._needs_reference else policy
+        lengths = _lengths(self._method, self._loss_args, inputs["cu_seqlens"])
+        per_pair = self._method.function(*arguments, **self._loss_args, **lengths)
+        return per_pair, losses.preference_metrics(*policy, *reference, beta=self._beta).named()
+
+    def _reference_of(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        if _REFERENCE[0] in inputs:
+            return [inputs[name] for name in _REFERENCE]
+        if self._ref_model is None and not hasattr(self.model, "disable_adapter"):
+            raise ValueError("this dataset has no reference log-probs, and the reference is gone; see with_reference")
+        return list(self._reference_logps(inputs).chunk(2))
 
     def _with_reference(self, dataset: Any, name: str) -> Any:
         if dataset is None or dataset.has_reference:
@@ -325,8 +315,41 @@ def _disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
-def _check_arguments(name: str, function: Callable, given: Mapping[str, Any]) -> None:
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise TypeError(f"the loss {name!r} does not take {', '.join(unknown)}; it takes {', '.join(known)}")
+def loss_settings(
+    loss: str, beta: float = 0.1, loss_args: Mapping[str, Any] | None = None
+) -> tuple[losses.Method, dict[str, Any]]:
+    """The registered method and its arguments, ``beta`` among them where it takes one; tried out on one pair.
+
+    Raises:
+        TypeError: an argument that is unknown, missing or of a wrong type.
+        ValueError: a loss that is not registered, a coefficient outside its domain.
+        NotImplementedError: a method that needs more than log-probs of pairs.
+    """
+    method = losses.get(loss)
+    lacking = sorted(method.needs - {"reference", "lengths"})
+    if method.family != "pairwise" or lacking:
+        raise NotImplementedError(f"PreferenceTrainer has no {', '.join(lacking) or method.family} for {loss!r}")
+    parameters = inspect.signature(method.function).parameters.values()
+    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and not p.name.endswith("_lengths")}
+    settings = {**({"beta": beta} if "beta" in known else {}), **(loss_args or {})}
+    unknown = sorted(settings.keys() - known.keys())
+    missing = sorted(
+        name for name, default in known.items() if default is inspect.Parameter.empty and name not in settings
+    )
+    if unknown or missing:
+        problem = f"does not take {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
+        raise TypeError(f"the loss {loss!r} {problem}; its arguments are {', '.join(known)}")
+    one = torch.zeros(1)
+    method.function(
+        *[one] * (4 if "reference" in method.needs else 2),
+        **settings,
+        **_lengths(method, settings, torch.tensor([0, 1, 2])),
+    )
+    return method, settings
+
+
+def _lengths(method: losses.Method, settings: Mapping[str, Any], cu_seqlens: Tensor) -> dict[str, Tensor]:
+    """The numbers of response tokens ``[P]``, for a loss that wants them."""
+    if "lengths" not in method.needs and not settings.get("length_normalize"):
+        return {}
+    return dict(zip(("chosen_lengths", "rejected_lengths"), cu_seqlens.diff().chunk(2), strict=True))
