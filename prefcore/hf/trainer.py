@@ -328,23 +328,21 @@ def loss_settings(
     method = losses.get(loss)
     lacking = sorted(method.needs - {"reference", "lengths"})
     if method.family != "pairwise" or lacking:
-        raise NotImplementedError(f"PreferenceTrainer has no {', '.join(lacking) or method.family} for {loss!r}")
-    parameters = inspect.signature(method.function).parameters.values()
-    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and not p.name.endswith("_lengths")}
+        lack = ", ".join(lacking) or f"{method.family} batches"
+        raise NotImplementedError(f"PreferenceTrainer has no {lack}, which the loss {loss!r} needs")
+    known = {
+        parameter.name: parameter.default is parameter.empty
+        for parameter in inspect.signature(method.function).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY and not parameter.name.endswith("_lengths")
+    }
     settings = {**({"beta": beta} if "beta" in known else {}), **(loss_args or {})}
     unknown = sorted(settings.keys() - known.keys())
-    missing = sorted(
-        name for name, default in known.items() if default is inspect.Parameter.empty and name not in settings
-    )
+    missing = [name for name, required in known.items() if required and name not in settings]
     if unknown or missing:
         problem = f"does not take {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
         raise TypeError(f"the loss {loss!r} {problem}; its arguments are {', '.join(known)}")
-    one = torch.zeros(1)
-    method.function(
-        *[one] * (4 if "reference" in method.needs else 2),
-        **settings,
-        **_lengths(method, settings, torch.tensor([0, 1, 2])),
-    )
+    one = [torch.zeros(1)] * (4 if "reference" in method.needs else 2)
+    method.function(*one, **settings, **_lengths(method, settings, torch.tensor([0, 1, 2])))
     return method, settings
 
 

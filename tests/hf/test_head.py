@@ -162,9 +162,7 @@ class MaskedVocabulary(transformers.LlamaForCausalLM):
 )
 def test_a_model_whose_logits_are_something_else_is_refused(kind, text):
     torch.manual_seed(0)
-    model = kind(
-        transformers.LlamaConfig(**SMALL)
-    )  # as initialised: logits near 0, where a softcap does nothing
+    model = kind(transformers.LlamaConfig(**SMALL))  # as initialised: logits near 0, where a softcap does nothing
     with pytest.raises(NotImplementedError, match=text):
         find_head(model)
 
@@ -203,9 +201,7 @@ def test_lora_on_the_layers_works_and_on_the_head_is_refused():
         {"target_modules": ["lm_head"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     ):
-        wrapped = peft.get_peft_model(
-            copy.deepcopy(model), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **settings)
-        )
+        wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
         with pytest.raises(NotImplementedError, match="leave it out of PEFT's target_modules"):
             find_head(wrapped)
     prefix = peft.get_peft_model(

@@ -1,8 +1,10 @@
 """The trainer's gradients, metrics, references and checkpoints are what the plain computation says."""
 
+import dataclasses
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ pytest.importorskip("transformers")
 import transformers
 from transformers import TrainingArguments
 
+from prefcore import losses
 from prefcore.data import PairCollator, PairDataset
 from prefcore.hf import PreferenceTrainer, response_logps
 
@@ -106,9 +109,7 @@ def assert_same(got, expected):
 @pytest.mark.quick
 def test_one_step_gives_the_loss_metrics_and_gradients_of_the_formula(tmp_path):
     pairs, model, reference = make_pairs(8), make_model(0), make_model(1)
-    trainer, gradients = run(
-        tmp_path, model, pairs, ref_model=reference, settings={"per_device_train_batch_size": 8}
-    )
+    trainer, gradients = run(tmp_path, model, pairs, ref_model=reference, settings={"per_device_train_batch_size": 8})
     loss, metrics = dpo_by_hand(model, reference, pairs)
     model.zero_grad()
     loss.backward()
@@ -123,9 +124,7 @@ def test_one_step_gives_the_loss_metrics_and_gradients_of_the_formula(tmp_path):
 @pytest.mark.parametrize(("size", "steps"), [(2, 4), (3, 3), (1, 8)])
 def test_accumulated_steps_give_the_gradient_of_one_large_batch(tmp_path, size, steps):
     pairs, reference = make_pairs(8), make_model(1)
-    _, whole = run(
-        tmp_path, make_model(), pairs, ref_model=reference, settings={"per_device_train_batch_size": 8}
-    )
+    _, whole = run(tmp_path, make_model(), pairs, ref_model=reference, settings={"per_device_train_batch_size": 8})
     settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
     trainer, parts = run(tmp_path, make_model(), pairs, ref_model=reference, settings=settings)
     assert_same(parts, whole)  # also where the last micro-batch is smaller
@@ -139,9 +138,7 @@ def test_accumulated_steps_give_the_gradient_of_one_large_batch(tmp_path, size, 
 def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     pairs, reference = make_pairs(4), make_model(1)
     _, plain = run(tmp_path, make_model(), pairs, ref_model=reference)
-    _, saved = run(
-        tmp_path, make_model(), pairs, ref_model=reference, settings={"gradient_checkpointing": True}
-    )
+    _, saved = run(tmp_path, make_model(), pairs, ref_model=reference, settings={"gradient_checkpointing": True})
     assert_same(saved, plain)
 
 
@@ -254,9 +251,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
         "save_steps": 3,
     }
     whole, _ = run(tmp_path / "a", make_model(), pairs, precompute_reference=True, settings=settings)
-    again = PreferenceTrainer(
-        make_model(), arguments(tmp_path / "a", **settings), pairs, precompute_reference=True
-    )
+    again = PreferenceTrainer(make_model(), arguments(tmp_path / "a", **settings), pairs, precompute_reference=True)
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert again.state.global_step == 6
     assert_same(dict(again.model.named_parameters()), dict(whole.model.named_parameters()))
@@ -275,19 +270,55 @@ def test_dropout_is_off_unless_wanted(tmp_path):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("loss", ["dpo", "cdpo", "ipo"])
-def test_registered_losses_train(tmp_path, loss):
+@pytest.mark.parametrize(
+    ("loss", "loss_args"),
+    [
+        ("dpo", {}),
+        ("sigmoid", {"beta": 0.2}),
+        ("cdpo", {"label_smoothing": 0.1}),
+        ("ipo", {}),
+        ("ipo", {"length_normalize": True}),
+    ],
+)
+def test_registered_losses_train(tmp_path, loss, loss_args):
     trainer, _ = run(
         tmp_path,
         make_model(),
         make_pairs(8),
         loss=loss,
+        loss_args=loss_args,
         precompute_reference=True,
         settings={"max_steps": 10, "optim": "adamw_torch", "learning_rate": 3e-3},
     )
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert history[-1]["rewards/margins"] > history[0]["rewards/margins"]
     assert history[-1]["rewards/accuracies"] > 0.7
+
+
+def test_a_loss_may_want_lengths_and_no_reference(tmp_path, monkeypatch):
+    seen = []
+
+    def per_token(chosen_logps, rejected_logps, *, scale, chosen_lengths, rejected_lengths):
+        seen.append((chosen_lengths.tolist(), rejected_lengths.tolist()))
+        return -scale * (chosen_logps / chosen_lengths - rejected_logps / rejected_lengths)
+
+    method = losses.Method("per_token", per_token, "pairwise", "", frozenset({"lengths"}), True)
+    monkeypatch.setattr(losses, "get", lambda name: method)
+    pairs, model = make_pairs(4), make_model()
+    trainer, _ = run(tmp_path, model, pairs, loss="per_token", loss_args={"scale": 2.0})
+    assert trainer._ref_model is None
+    items = [pairs[i] for i in range(4)]
+    got = list(zip(*seen[-1], strict=True))
+    assert sorted(got) == sorted((len(i["chosen_ids"]), len(i["rejected_ids"])) for i in items)
+    logged = trainer.state.log_history[0]
+    assert logged["rewards/chosen"] == pytest.approx(0.1 * logged["logps/chosen"])
+    with pytest.raises(ValueError, match="needs no reference"):
+        run(tmp_path, model, pairs, loss="per_token", loss_args={"scale": 2.0}, ref_model=make_model())
+    monkeypatch.setattr(
+        losses, "get", lambda name: dataclasses.replace(method, needs=frozenset({"token_logps", "reference"}))
+    )
+    with pytest.raises(NotImplementedError, match="has no token_logps"):
+        run(tmp_path, model, pairs, loss="per_token")
 
 
 @pytest.mark.quick
@@ -297,6 +328,12 @@ def test_bad_arguments_are_refused(tmp_path):
         PreferenceTrainer(model, args, pairs, loss="no_such_loss")
     with pytest.raises(TypeError, match="does not take gama"):
         PreferenceTrainer(model, args, pairs, loss_args={"gama": 1})
+    with pytest.raises(TypeError, match="needs label_smoothing"):
+        PreferenceTrainer(model, args, pairs, loss="cdpo")
+    with pytest.raises(ValueError, match="label_smoothing"):
+        PreferenceTrainer(model, args, pairs, loss="cdpo", loss_args={"label_smoothing": 0.7})
+    with pytest.raises(ValueError, match="beta"):
+        PreferenceTrainer(model, args, pairs, beta=-1.0)
     with pytest.raises(ValueError, match="the model itself"):
         PreferenceTrainer(model, args, pairs, ref_model=model)
     with pytest.raises(TypeError, match="tokenize_pairs"):
@@ -348,20 +385,15 @@ def test_two_processes_give_the_gradients_and_metrics_of_one(tmp_path):
         "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module);"
         f"module._worker(int(sys.argv[1]), {port}, pathlib.Path({str(tmp_path)!r}))"
     )
-    import subprocess
-
     workers = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
+        subprocess.Popen([sys.executable, "-c", code, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
     ]
     for worker in workers:
         _, errors = worker.communicate(timeout=300)
         assert worker.returncode == 0, errors
 
     pairs, held_out, reference, model = make_pairs(8), make_pairs(7, seed=5), make_model(1), make_model()
-    _, expected = run(
-        tmp_path, model, pairs, ref_model=reference, settings={"per_device_train_batch_size": 8}
-    )
+    _, expected = run(tmp_path, model, pairs, ref_model=reference, settings={"per_device_train_batch_size": 8})
     loss, metrics = dpo_by_hand(model, reference, pairs)
     eval_loss, eval_metrics = dpo_by_hand(model, reference, held_out)
     for rank in (0, 1):
