@@ -71,9 +71,7 @@ class PairDataset(Dataset):
         """
         reference = torch.stack([chosen_logps, rejected_logps], dim=-1).detach().double().cpu().numpy()
         if reference.shape != (len(self), 2):
-            raise ValueError(
-                f"expected {len(self)} log-probs of each kind, got shape {tuple(chosen_logps.shape)}"
-            )
+            raise ValueError(f"expected {len(self)} log-probs of each kind, got shape {tuple(chosen_logps.shape)}")
         other = PairDataset(())
         other._pairs, other._reference = self._pairs, reference
         return other
@@ -175,9 +173,7 @@ def tokenize_pairs(
             2 * len(pairs),
         )
     if equal:
-        logger.warning(
-            "%d of %d pairs have the same tokens on both sides and teach nothing", equal, len(pairs)
-        )
+        logger.warning("%d of %d pairs have the same tokens on both sides and teach nothing", equal, len(pairs))
     return PairDataset(pairs)
 
 
@@ -186,9 +182,7 @@ def _encode(tokenizer: Any, texts: set[str], special: bool) -> dict[str, list[in
         return {}
     ordered = list(texts)
     # verbose=False: texts longer than the model's context are truncated after this, if at all.
-    ids = tokenizer(ordered, add_special_tokens=special, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    ids = tokenizer(ordered, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
     return dict(zip(ordered, ids, strict=True))
 
 
@@ -202,9 +196,7 @@ def _render(preference: Preference, tokenizer: Any) -> tuple[str, str, str]:
     try:
         opening = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
         bare = tokenizer.apply_chat_template(list(prompt), tokenize=False)
-        full = [
-            tokenizer.apply_chat_template([*prompt, *answer], tokenize=False) for answer in (chosen, rejected)
-        ]
+        full = [tokenizer.apply_chat_template([*prompt, *answer], tokenize=False) for answer in (chosen, rejected)]
     except Exception as error:  # jinja2's errors have no base that is importable without it
         raise DataError(f"the chat template fails: {error}") from error
     # The generation prompt may end in what finished answers lack, such as the opening of a thought.
@@ -239,9 +231,7 @@ class PairCollator:
         width = int(lengths.max())
         mask = np.arange(width) < lengths[:, None]
         input_ids = np.full(mask.shape, self.pad_token_id, dtype=np.int64)
-        input_ids[mask] = np.concatenate(
-            [part for pair in zip(prompts, responses, strict=True) for part in pair]
-        )
+        input_ids[mask] = np.concatenate([part for pair in zip(prompts, responses, strict=True) for part in pair])
         offsets = np.concatenate([[0], response_lengths.cumsum()])
         before_first = np.arange(len(responses)) * width + prompt_lengths - 1
         rows = np.repeat(before_first - offsets[:-1], response_lengths) + np.arange(offsets[-1])

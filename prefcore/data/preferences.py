@@ -130,8 +130,7 @@ def _parse(line: bytes, source: str) -> list[Preference]:
             raise DataError('the field "prompt" is missing and "chosen" and "rejected" begin differently')
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     kinds = {
-        name: type(value) is str
-        for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected))
+        name: type(value) is str for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected))
     }
     if len(set(kinds.values())) > 1:
         strings = " and ".join(f'"{name}"' for name, is_string in kinds.items() if is_string)
@@ -158,9 +157,7 @@ def _comparisons(record: dict[str, Any], source: str) -> list[Preference]:
             )
         i, j, label = entry
         if not (0 <= i < len(responses) and 0 <= j < len(responses)) or i == j:
-            raise DataError(
-                f"preference {entry} does not name two of the {len(responses)} responses (0 is the first)"
-            )
+            raise DataError(f"preference {entry} does not name two of the {len(responses)} responses (0 is the first)")
         if label not in (0, 1, 2):
             raise DataError(f"the label of preference {entry} must be 0, 1 or 2")
         if label == 0:
@@ -184,11 +181,7 @@ def _text(record: dict[str, Any], name: str, empty: bool = False) -> Text:
     if not value:
         raise DataError(f'"{name}" is empty')
     for position, message in enumerate(value):
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or "content" not in message
-        ):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             raise DataError(f'message {position} of "{name}" must have a "role" and a "content"')
     return tuple(value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -11,7 +12,7 @@ from prefcore.hf.head import final_hidden, find_head
 
 
 def response_logps(
-    model: nn.Module, batch: Mapping[str, Tensor], *, mode: str = "sum", temperature: float = 1.0
+    model: nn.Module, batch: Mapping[str, Tensor], *, mode: Literal["sum", "mean"] = "sum", temperature: float = 1.0
 ) -> Tensor:
     """Log-probability of each response of a batch, differentiable in the model's parameters.
 
@@ -23,7 +24,7 @@ def response_logps(
         batch: ``input_ids`` and ``attention_mask`` ``[B, L]``, and, of the T response tokens, ``rows [T]``
             (the positions in the flattened ``[B * L]`` whose hidden states predict them), ``targets [T]`` and
             ``cu_seqlens`` int32 ``[S + 1]``: what :class:`prefcore.data.PairCollator` gives.
-        mode: as of :func:`prefcore.sequence_reduce`.
+        mode: ``"sum"`` or ``"mean"`` over the tokens of a response.
         temperature: divides the logits.
 
     Returns:

@@ -103,9 +103,7 @@ def test_all_problems_are_reported_at_once_up_to_ten(tmp_path):
     path = write(tmp_path / "pairs.jsonl", "{", GOOD, {}, "1")
     with pytest.raises(DataError) as caught:
         read_preferences(path)
-    assert [line.split(": ")[0] for line in str(caught.value).splitlines()] == [
-        f"{path}:{n}" for n in (1, 3, 4)
-    ]
+    assert [line.split(": ")[0] for line in str(caught.value).splitlines()] == [f"{path}:{n}" for n in (1, 3, 4)]
     with pytest.raises(DataError) as caught:
         read_preferences(write(path, *["{"] * 25))
     lines = str(caught.value).splitlines()
