@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from prefcore.hf import PreferenceTrainer
 
 _SHOWN = ("loss", "rewards/margins", "rewards/accuracies")
+_KEPT = (*_SHOWN, "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 _MAX_LENGTH = 2048
 
 
@@ -301,7 +302,7 @@ def _trainer_settings(args: argparse.Namespace, output: Path, pairs: int, evalua
             weight_decay=args.weight_decay,
             bf16=bf16,
             **{recompute: args.gradient_checkpointing},
-            logging_steps=args.logging_steps or max(1, min(10, steps // 20)),
+            logging_steps=min(args.logging_steps or max(1, min(10, steps // 20)), steps),
             eval_strategy="steps" if evaluates else "no",
             eval_steps=args.eval_steps or max(1, math.ceil(steps / 5)),
             eval_on_start=evaluates,
@@ -341,9 +342,10 @@ def _log_in_short(trainer: PreferenceTrainer) -> None:
         prefix = "eval_" if "eval_loss" in logs else ""
         if f"{prefix}loss" not in logs:
             return None
-        loss, margin, accuracy = (logs.get(prefix + name, math.nan) for name in _SHOWN)
+        loss, margin, accuracy = _shown(logs, prefix)
+        ranked = "-" if accuracy is None else f"{accuracy:.3f}"
         kind = "held out" if prefix else "training"
-        return f"step {step:>5}  {kind}  loss {loss:.4f}  margin {margin:+.4f}  accuracy {accuracy:.3f}"
+        return f"step {step:>5}  {kind}  loss {loss:.4f}  margin {margin:+.4f}  accuracy {ranked}"
 
     class Bar(ProgressCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -360,6 +362,15 @@ def _log_in_short(trainer: PreferenceTrainer) -> None:
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Lines() if trainer.args.disable_tqdm else Bar())
+
+
+def _shown(entry: dict[str, Any], prefix: str = "") -> tuple[float, float, float | None]:
+    """Loss, margin and accuracy; None for the accuracy of a model that still equals its reference.
+
+    It ties on every pair, and the 0 that this counts as would read as wrong on every pair.
+    """
+    loss, margin, accuracy = (entry[prefix + name] for name in _SHOWN)
+    return loss, margin, None if margin == 0 else accuracy
 
 
 def _last(trainer: PreferenceTrainer, key: str) -> dict[str, Any]:
@@ -386,24 +397,18 @@ def _results(
 ) -> dict[str, Any]:
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     settings = {k: v for k, v in vars(args).items() if k not in ("run", "defaults", "command")}
-    evaluations = [entry for entry in history if "eval_loss" in entry]
-    rows = {"eval_": evaluations} if evaluations else {"": [entry for entry in history if "loss" in entry]}
-    ((prefix, entries),) = rows.items()
-
-    def pick(entry: dict[str, Any]) -> dict[str, Any]:
-        names = [key.removeprefix("eval_") for key in entry if key.startswith(prefix)]
-        wanted = ("loss", *(name for name in names if name.startswith(("rewards/", "logps/"))))
-        return {"step": entry["step"], **{name: entry[prefix + name] for name in wanted}}
-
+    prefix = "eval_" if eval_pairs else ""
+    entries = [entry for entry in history if prefix + "loss" in entry]
+    first, last = ({"step": e["step"], **{n: e[prefix + n] for n in _KEPT}} for e in (entries[0], entries[-1]))
     return {
         "settings": {**settings, "loss_arg": loss_args},
         "train_pairs": train_pairs,
         "eval_pairs": eval_pairs,
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
-        "measured_on": "held-out pairs" if evaluations else "training pairs",
-        "first": pick(entries[0]) if entries else {},
-        "last": pick(entries[-1]) if entries else {},
+        "measured_on": "held-out pairs" if eval_pairs else "training pairs",
+        "first": first,
+        "last": last,
         "history": history,
     }
 
@@ -419,9 +424,11 @@ def _plot(history: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for axis, name, title in zip(axes, _SHOWN, ("loss", "reward margin", "accuracy"), strict=True):
+    for column, (axis, title) in enumerate(zip(axes, ("loss", "reward margin", "accuracy"), strict=True)):
         for prefix, label, style in (("", "training", "-"), ("eval_", "held out", "o-")):
-            points = [(entry["step"], entry[prefix + name]) for entry in history if prefix + name in entry]
+            entries = [entry for entry in history if prefix + "loss" in entry]
+            points = [(entry["step"], _shown(entry, prefix)[column]) for entry in entries]
+            points = [point for point in points if point[1] is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
         axis.set(title=title, xlabel="step")
@@ -436,11 +443,8 @@ def _summarise(results: dict[str, Any], output: Path) -> None:
     first, last = results["first"], results["last"]
     print(f"\n{results['steps']} steps in {results['seconds']:.0f} s; on {results['measured_on']}:")
     print(f"{'':20}{'first':>10}{'last':>10}")
-    for name in _SHOWN:
-        if name in first:
-            print(f"{name:20}{first[name]:>10.4f}{last[name]:>10.4f}")
-    if first.get("rewards/margins") == 0:
-        print("(a reward is beta times how far the log-probability is above the reference's: at first 0 for all)")
+    for name, *pair in zip(_SHOWN, _shown(first), _shown(last), strict=True):
+        print(f"{name:20}" + "".join(f"{'-' if value is None else f'{value:.4f}':>10}" for value in pair))
     print(f"model, tokenizer, metrics.json and metrics.png are in {output}")
 
 
