@@ -138,6 +138,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     import transformers
 
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     config, tokenizer = _read_config(args.model, "--model", args), _read_tokenizer(args)
     if args.ref:
         _read_config(args.ref, "--ref", args)

@@ -77,6 +77,9 @@ class PreferenceTrainer(Trainer):
         self._method, self._loss_args = loss_settings(loss, beta, loss_args)
         self._beta = beta
         self._needs_reference = "reference" in self._method.needs
+        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise NotImplementedError(f"{name} wants the model's outputs, which PreferenceTrainer does not make")
         if ref_model is not None and not self._needs_reference:
             raise ValueError(f"the loss {loss!r} needs no reference; leave ref_model out")
         if ref_model is model:
@@ -147,9 +150,9 @@ class PreferenceTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pairs = torch.tensor(sum(_pairs(batch) for batch in batches), device=device)
+        pairs: Any = sum(_pairs(batch) for batch in batches)
         if self.accelerator.num_processes > 1:
-            pairs = self.accelerator.reduce(pairs, "sum")
+            pairs = self.accelerator.reduce(torch.tensor(pairs, device=device), "sum")
         return batches, pairs
 
     def prediction_step(

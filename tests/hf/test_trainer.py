@@ -334,6 +334,8 @@ def test_bad_arguments_are_refused(tmp_path):
         PreferenceTrainer(model, args, pairs, loss="cdpo", loss_args={"label_smoothing": 0.7})
     with pytest.raises(ValueError, match="beta"):
         PreferenceTrainer(model, args, pairs, beta=-1.0)
+    with pytest.raises(NotImplementedError, match="compute_metrics"):
+        PreferenceTrainer(model, args, pairs, compute_metrics=print)
     with pytest.raises(ValueError, match="the model itself"):
         PreferenceTrainer(model, args, pairs, ref_model=model)
     with pytest.raises(TypeError, match="tokenize_pairs"):
