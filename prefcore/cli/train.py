@@ -314,6 +314,7 @@ def _trainer_settings(args: argparse.Namespace, output: Path, pairs: int, evalua
             seed=args.seed,
             disable_tqdm=not sys.stderr.isatty(),
             use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
         )
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
