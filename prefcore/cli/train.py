@@ -1,0 +1,479 @@
+"""``prefcore train``: preference pairs and a model in, a trained model and its metrics out."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefcore.data import PairDataset, Preference
+    from prefcore.hf import PreferenceTrainer
+
+_SHOWN = ("loss", "rewards/margins", "rewards/accuracies")
+_KEPT = (*_SHOWN, "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+_MAX_LENGTH = 2048
+
+
+class UsageError(Exception):
+    """What the user gave cannot work; the text says why."""
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to ``prefcore``'s; its ``run`` is :func:`run`."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model on preferences; without arguments, a demonstration",
+        description="Train a causal LM on preference pairs. Without --data and --model it trains a small model "
+        "that it makes itself, to show what happens; nothing is downloaded.",
+        formatter_class=_Help,
+    )
+    add = parser.add_argument
+    add("--data", metavar="FILE", help="JSON lines of prompt, chosen, rejected (or prompt, responses, preferences)")
+    add("--model", metavar="PATH_OR_HUB_ID", help="the causal LM to train")
+    add("--output", metavar="DIR", help="where the model and its metrics go (demo-output for the demonstration)")
+    add("--ref", metavar="PATH_OR_HUB_ID", help="the reference model, if it is not the model as it comes")
+    add("--loss", default="dpo", help="a registered preference loss")
+    add("--loss-arg", action="append", default=[], metavar="NAME=VALUE", help="a further argument of the loss")
+    add("--beta", type=_positive, default=0.1, help="strength of the reference")
+    held_out = parser.add_mutually_exclusive_group()
+    held_out.add_argument("--eval-data", metavar="FILE", help="preferences to evaluate on")
+    held_out.add_argument("--eval-fraction", type=_fraction, metavar="F", help="share of the prompts to hold out")
+    add("--epochs", type=_positive, default=1.0, help="passes over the data")
+    add("--max-steps", type=_count, metavar="N", help="stop after N optimizer steps; overrides --epochs")
+    add("--lr", type=_positive, metavar="RATE", help="peak learning rate (1e-6; 1e-5 with --lora)")
+    add("--warmup", type=_share, default=0.1, help="share of the steps in which the learning rate rises")
+    add("--lr-scheduler", default="linear", help="a scheduler of transformers")
+    add("--weight-decay", type=float, default=0.0, help="of AdamW")
+    add("--batch-size", type=_count, default=8, help="pairs per device and forward pass")
+    add("--accumulate", type=_count, default=1, metavar="N", help="forward passes per optimizer step")
+    add("--max-length", type=_count, metavar="N", help=f"tokens of prompt and response ({_MAX_LENGTH}, or the model's)")
+    add("--max-prompt-length", type=_count, metavar="N", help="tokens of the prompt; its end is kept")
+    add("--max-response-length", type=_count, metavar="N", help="tokens of a response; its beginning is kept")
+    add(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="mixed precision over float32 weights (on where the GPU has bfloat16)",
+    )
+    add("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
+    add("--lora", type=_count, metavar="RANK", help="train low-rank adapters only; they are merged at the end")
+    add("--precompute-ref", action=argparse.BooleanOptionalAction, default=True, help="score the reference once, first")
+    add("--logging-steps", type=_count, metavar="N", help="steps between log lines (20 lines a run, 10 at most)")
+    add("--eval-steps", type=_count, metavar="N", help="steps between evaluations (5 a run)")
+    add("--save-steps", type=_count, metavar="N", help="steps between checkpoints (none)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    add("--seed", type=int, default=0, help="of the shuffling, the adapters and the held-out prompts")
+    add("--report-to", default="none", help="loggers of transformers, such as tensorboard or wandb")
+    add("--trust-remote-code", action="store_true", help="run model code from the hub")
+    parser.set_defaults(run=run, defaults={action.dest: action.default for action in parser._actions})
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or say in words why not."""
+    from prefcore.data import DataError
+
+    try:
+        need_extras(args)
+        if args.data is None and args.model is None:
+            given = [k for k, v in args.defaults.items() if getattr(args, k, v) != v and k not in ("output", "seed")]
+            if given:
+                names = ", ".join("--" + name.replace("_", "-") for name in given)
+                raise UsageError(f"{names} without --data and --model (the demonstration takes --output and --seed)")
+            from prefcore.cli import _demo
+
+            _demo.run(Path(args.output or "demo-output"), args.seed)
+        else:
+            train(args)
+    except (UsageError, DataError, NotImplementedError) as error:
+        print(f"prefcore train: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, NotImplementedError) else 2
+    return 0
+
+
+def need_extras(args: argparse.Namespace) -> None:
+    """Raise a ``UsageError`` that says how to install what is missing."""
+    needed = {"transformers": "hf", "accelerate": "hf", "matplotlib": "hf"} | ({"peft": "peft"} if args.lora else {})
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        extras = ",".join(dict.fromkeys(needed[name] for name in missing))
+        raise UsageError(f'{", ".join(missing)} not installed; run: pip install "prefcore[{extras}]"')
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Check everything, train, and write the results; returns what ``metrics.json`` holds.
+
+    Raises:
+        UsageError: an option, path or model that cannot work, before any weight is loaded.
+        DataError: data that cannot be used, before any weight is loaded.
+        NotImplementedError: a model that :func:`prefcore.hf.find_head` refuses.
+    """
+    for name in ("data", "model", "output"):
+        if getattr(args, name) is None:
+            raise UsageError(f"--{name} is missing")
+    loss_args = _loss_args(args)
+    output = prepare_output(Path(args.output), args.resume)
+    from prefcore.data import read_preferences, split_by_prompt
+
+    preferences = read_preferences(args.data)
+    held_out: list[Preference] = []
+    if args.eval_data:
+        held_out = read_preferences(args.eval_data)
+    elif args.eval_fraction:
+        try:
+            preferences, held_out = split_by_prompt(preferences, args.eval_fraction, args.seed)
+        except ValueError as error:
+            raise UsageError(f"--eval-fraction: {error}") from error
+
+    import transformers
+
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    config, tokenizer = _read_config(args.model, "--model", args), _read_tokenizer(args)
+    if args.ref:
+        _read_config(args.ref, "--ref", args)
+    train_set = _tokenize(preferences, tokenizer, config, args)
+    eval_set = _tokenize(held_out, tokenizer, config, args) if held_out else None
+    settings = _trainer_settings(args, output, len(train_set), eval_set is not None)
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    say = print if main_process else (lambda *_: None)
+    say(f"{len(train_set)} pairs to train on, {len(eval_set) if eval_set else 0} held out")
+
+    transformers.set_seed(args.seed)
+    model = _load(args.model, args, adapters=args.lora is not None)
+    if args.lora:
+        import peft
+
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+    from prefcore.hf import PreferenceTrainer
+
+    started = time.time()
+    trainer = PreferenceTrainer(
+        model,
+        settings,
+        train_set,
+        eval_set,
+        tokenizer,
+        loss=args.loss,
+        beta=args.beta,
+        loss_args=loss_args,
+        ref_model=_load(args.ref, args) if args.ref else None,
+        precompute_reference=args.precompute_ref,
+    )
+    _log_in_short(trainer)
+    trainer.train(resume_from_checkpoint=True if args.resume else None)
+    if eval_set is not None and _last(trainer, "eval_loss").get("step") != trainer.state.global_step:
+        trainer.evaluate()
+    seconds = time.time() - started
+    _save(trainer, output, tokenizer, adapters=args.lora is not None)
+    results = _results(trainer, args, loss_args, len(train_set), len(eval_set) if eval_set else 0, seconds)
+    if main_process:
+        write_json(output / "metrics.json", results)
+        _plot(results["history"], output / "metrics.png")
+        _summarise(results, output)
+    return results
+
+
+def _loss_args(args: argparse.Namespace) -> dict[str, Any]:
+    from prefcore.hf.trainer import loss_settings
+
+    given = {}
+    for entry in args.loss_arg:
+        name, equals, value = entry.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--loss-arg takes NAME=VALUE, got {entry!r}")
+        try:
+            given[name] = json.loads(value)
+        except json.JSONDecodeError:
+            given[name] = value
+    try:
+        method, _ = loss_settings(args.loss, args.beta, given)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--loss, --loss-arg, --beta: {error}") from error
+    if args.ref and "reference" not in method.needs:
+        raise UsageError(f"--ref: the loss {args.loss!r} needs no reference")
+    return given
+
+
+def prepare_output(output: Path, resume: bool) -> Path:
+    """The directory ``output``, made if need be; a ``UsageError`` where it cannot be used."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output {output}: cannot be written to: {error.strerror or error}") from error
+    checkpoints = list(output.glob("checkpoint-*"))
+    if resume and not checkpoints:
+        raise UsageError(f"--resume: there is no checkpoint in {output}")
+    if checkpoints and not resume:
+        raise UsageError(f"--output {output}: holds checkpoints of another run; pass --resume or another --output")
+    return output
+
+
+def _read_config(name: str, option: str, args: argparse.Namespace) -> Any:
+    import transformers
+
+    if name.startswith(("/", ".", "~")) or Path(name).exists():
+        name = os.path.expanduser(name)
+        if not Path(name, "config.json").is_file():
+            raise UsageError(
+                f"{option} {name}: {'holds no config.json' if Path(name).is_dir() else 'no such directory'}"
+            )
+    try:
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{option} {name}: {error}") from error
+
+
+def _read_tokenizer(args: argparse.Namespace) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            os.path.expanduser(args.model), trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"--model {args.model}: its tokenizer cannot be loaded: {error}") from error
+
+
+def _tokenize(preferences: list[Preference], tokenizer: Any, config: Any, args: argparse.Namespace) -> PairDataset:
+    from prefcore.data import tokenize_pairs
+
+    text_config = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None) or _MAX_LENGTH
+    if args.max_length is not None and args.max_length > positions:
+        raise UsageError(f"--max-length {args.max_length}: the model has {positions} positions")
+    try:
+        pairs = tokenize_pairs(
+            preferences,
+            tokenizer,
+            max_length=args.max_length or min(positions, _MAX_LENGTH),
+            max_prompt_length=args.max_prompt_length,
+            max_response_length=args.max_response_length,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    largest = max(int(ids.max()) for i in range(len(pairs)) for ids in pairs[i].values())
+    if largest >= text_config.vocab_size:
+        raise UsageError(
+            f"--model {args.model}: the tokenizer gives token {largest}, "
+            f"the model's vocabulary is {text_config.vocab_size}"
+        )
+    return pairs
+
+
+def _trainer_settings(args: argparse.Namespace, output: Path, pairs: int, evaluates: bool) -> Any:
+    import torch
+    import transformers
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    per_epoch = math.ceil(math.ceil(pairs / (args.batch_size * world)) / args.accumulate)
+    steps = args.max_steps or math.ceil(args.epochs * per_epoch)
+    bf16 = args.bf16
+    if bf16 is None:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    names = transformers.TrainingArguments.__dataclass_fields__
+    # The first is the name since transformers 5.20 or so, the second warns there.
+    recompute = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    try:
+        return transformers.TrainingArguments(
+            str(output),
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=args.batch_size,
+            gradient_accumulation_steps=args.accumulate,
+            num_train_epochs=args.epochs,
+            max_steps=args.max_steps or -1,
+            learning_rate=args.lr or (1e-5 if args.lora else 1e-6),
+            lr_scheduler_type=args.lr_scheduler,
+            warmup_steps=round(args.warmup * steps),
+            weight_decay=args.weight_decay,
+            bf16=bf16,
+            **{recompute: args.gradient_checkpointing},
+            logging_steps=min(args.logging_steps or max(1, min(10, steps // 20)), steps),
+            eval_strategy="steps" if evaluates else "no",
+            eval_steps=args.eval_steps or max(1, math.ceil(steps / 5)),
+            eval_on_start=evaluates,
+            save_strategy="steps" if args.save_steps else "no",
+            save_steps=args.save_steps or 500,
+            report_to=[] if args.report_to == "none" else args.report_to.split(","),
+            seed=args.seed,
+            disable_tqdm=not sys.stderr.isatty(),
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _load(name: str, args: argparse.Namespace, adapters: bool = False) -> Any:
+    """The model; what is trained is float32, since its updates vanish in the roundings of 16-bit weights."""
+    import torch
+    import transformers
+
+    half = adapters and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            os.path.expanduser(name),
+            dtype=torch.bfloat16 if half else torch.float32,
+            trust_remote_code=args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name}: cannot be loaded: {error}") from error
+
+
+def _log_in_short(trainer: PreferenceTrainer) -> None:
+    """Lines that fit the terminal, instead of the dictionaries Trainer prints."""
+    from tqdm.auto import tqdm
+    from transformers import PrinterCallback, ProgressCallback
+
+    def line(logs: dict[str, Any], step: int) -> str | None:
+        prefix = "eval_" if "eval_loss" in logs else ""
+        if f"{prefix}loss" not in logs:
+            return None
+        loss, margin, accuracy = _shown(logs, prefix)
+        ranked = "-" if accuracy is None else f"{accuracy:.3f}"
+        kind = "held out" if prefix else "training"
+        return f"step {step:>5}  {kind}  loss {loss:.4f}  margin {margin:+.4f}  accuracy {ranked}"
+
+    class Bar(ProgressCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            text = line(logs or {}, state.global_step)
+            if text and state.is_world_process_zero:
+                tqdm.write(text)
+
+    class Lines(PrinterCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            text = line(logs or {}, state.global_step)
+            if text and state.is_world_process_zero:
+                print(text, flush=True)
+
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Lines() if trainer.args.disable_tqdm else Bar())
+
+
+def _shown(entry: dict[str, Any], prefix: str = "") -> tuple[float, float, float | None]:
+    """Loss, margin and accuracy; None for the accuracy of a model that still equals its reference.
+
+    It ties on every pair, and the 0 that this counts as would read as wrong on every pair.
+    """
+    loss, margin, accuracy = (entry[prefix + name] for name in _SHOWN)
+    return loss, margin, None if margin == 0 else accuracy
+
+
+def _last(trainer: PreferenceTrainer, key: str) -> dict[str, Any]:
+    return next((entry for entry in reversed(trainer.state.log_history) if key in entry), {})
+
+
+def _save(trainer: PreferenceTrainer, output: Path, tokenizer: Any, adapters: bool) -> None:
+    if not adapters:
+        trainer.save_model(str(output))
+    elif trainer.is_world_process_zero():
+        model: Any = trainer.model
+        model.save_pretrained(str(output / "adapter"))
+        model.merge_and_unload().save_pretrained(str(output))
+        tokenizer.save_pretrained(str(output))
+
+
+def _results(
+    trainer: PreferenceTrainer,
+    args: argparse.Namespace,
+    loss_args: dict[str, Any],
+    train_pairs: int,
+    eval_pairs: int,
+    seconds: float,
+) -> dict[str, Any]:
+    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    settings = {k: v for k, v in vars(args).items() if k not in ("run", "defaults", "command")}
+    prefix = "eval_" if eval_pairs else ""
+    entries = [entry for entry in history if prefix + "loss" in entry]
+    first, last = ({"step": e["step"], **{n: e[prefix + n] for n in _KEPT}} for e in (entries[0], entries[-1]))
+    return {
+        "settings": {**settings, "loss_arg": loss_args},
+        "train_pairs": train_pairs,
+        "eval_pairs": eval_pairs,
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "measured_on": "held-out pairs" if eval_pairs else "training pairs",
+        "first": first,
+        "last": last,
+        "history": history,
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _plot(history: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for column, (axis, title) in enumerate(zip(axes, ("loss", "reward margin", "accuracy"), strict=True)):
+        for prefix, label, style in (("", "training", "-"), ("eval_", "held out", "o-")):
+            entries = [entry for entry in history if prefix + "loss" in entry]
+            points = [(entry["step"], _shown(entry, prefix)[column]) for entry in entries]
+            points = [point for point in points if point[1] is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[2].set_ylim(-0.02, 1.02)
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _summarise(results: dict[str, Any], output: Path) -> None:
+    first, last = results["first"], results["last"]
+    print(f"\n{results['steps']} steps in {results['seconds']:.0f} s; on {results['measured_on']}:")
+    print(f"{'':20}{'first':>10}{'last':>10}")
+    for name, *pair in zip(_SHOWN, _shown(first), _shown(last), strict=True):
+        print(f"{name:20}" + "".join(f"{'-' if value is None else f'{value:.4f}':>10}" for value in pair))
+    print(f"model, tokenizer, metrics.json and metrics.png are in {output}")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0 or math.isinf(value):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value

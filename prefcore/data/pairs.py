@@ -1,0 +1,248 @@
+"""Tokenised preference pairs, and right-padded batches of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from prefcore.data.preferences import DataError, Preference
+
+logger = logging.getLogger(__name__)
+
+Ids = np.ndarray  # int64 [length]
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
+
+
+class PairDataset(Dataset):
+    """Tokenised pairs; an item is a dict of token ids, with the reference's log-probs once they are known.
+
+    Items have ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (int64 arrays, none of them empty) and, after
+    :meth:`with_reference`, ``ref_chosen_logps`` and ``ref_rejected_logps`` (floats).
+
+    Raises:
+        ValueError: an empty prompt or response.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]) -> None:
+        self._pairs = [_Pair(*(np.asarray(ids, dtype=np.int64) for ids in pair)) for pair in pairs]
+        for index, pair in enumerate(self._pairs):
+            for name in ("prompt", "chosen", "rejected"):
+                if getattr(pair, name).size == 0:
+                    raise ValueError(f"pair {index}: the {name} has no token")
+        self._reference: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self._pairs[index]
+        item: dict[str, Any] = {
+            "prompt_ids": pair.prompt,
+            "chosen_ids": pair.chosen,
+            "rejected_ids": pair.rejected,
+        }
+        if self._reference is not None:
+            item["ref_chosen_logps"], item["ref_rejected_logps"] = self._reference[index].tolist()
+        return item
+
+    @property
+    def has_reference(self) -> bool:
+        return self._reference is not None
+
+    def with_reference(self, chosen_logps: Tensor, rejected_logps: Tensor) -> PairDataset:
+        """The same pairs with the reference's log-probs ``[P]`` of their responses.
+
+        Raises:
+            ValueError: another number of log-probs than pairs.
+        """
+        reference = torch.stack([chosen_logps, rejected_logps], dim=-1).detach().double().cpu().numpy()
+        if reference.shape != (len(self), 2):
+            raise ValueError(f"expected {len(self)} log-probs of each kind, got shape {tuple(chosen_logps.shape)}")
+        other = PairDataset(())
+        other._pairs, other._reference = self._pairs, reference
+        return other
+
+
+def tokenize_pairs(
+    preferences: Sequence[Preference],
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+    max_response_length: int | None = None,
+) -> PairDataset:
+    """Tokenise preferences with a transformers tokenizer.
+
+    Prompt and response are tokenised apart, so that the boundary between them is one between tokens: the
+    prompt with the tokenizer's special tokens at its start, the response without any and with the
+    end-of-sequence token. Messages are rendered with the tokenizer's chat template, which has its own special
+    tokens.
+
+    A prompt that is too long keeps its first token, if that is the beginning-of-sequence token, and its end;
+    a response keeps its beginning. If prompt and longer response pass ``max_length`` tokens together, the
+    prompt gives way first, down to half of it. What was truncated is counted in the log.
+
+    Raises:
+        DataError: a response without tokens, an empty prompt where the tokenizer has no token to begin with,
+            messages without a chat template, or a template that does not begin an answer with its prompt. Up
+            to ten at once.
+        ValueError: a length that is not positive.
+    """
+    for name, least, value in (
+        ("max_length", 2, max_length),
+        ("max_prompt_length", 1, max_prompt_length),
+        ("max_response_length", 1, max_response_length),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    problems: list[str] = []
+    texts: list[tuple[str, str, str] | None] = []
+    for preference in preferences:
+        try:
+            texts.append(_render(preference, tokenizer))
+        except DataError as error:
+            texts.append(None)
+            problems.append(f"{preference.source}: {error}")
+
+    plain = {t[0] for t, p in zip(texts, preferences, strict=True) if t and not p.conversational}
+    chat = {t[0] for t, p in zip(texts, preferences, strict=True) if t and p.conversational}
+    prompts = {(text, False): ids for text, ids in _encode(tokenizer, plain, special=True).items()}
+    prompts |= {(text, True): ids for text, ids in _encode(tokenizer, chat, special=False).items()}
+    responses = _encode(tokenizer, {text for t in texts if t for text in t[1:]}, special=False)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    pairs = []
+    cut_prompts = cut_responses = equal = 0
+    for preference, text in zip(preferences, texts, strict=True):
+        if text is None:
+            continue
+        prompt = prompts[text[0], preference.conversational]
+        if not preference.conversational and prompt and prompt[-1] == eos and len(prompt) > 1:
+            prompt = prompt[:-1]  # some tokenizers close every text
+        if not prompt:
+            if bos is None and eos is None:
+                problems.append(
+                    f"{preference.source}: the prompt is empty and the tokenizer has no token to begin with"
+                )
+                continue
+            prompt = [eos if bos is None else bos]
+        answers = [responses[answer] for answer in text[1:]]
+        if not all(answers):
+            problems.append(f"{preference.source}: a response has no token")
+            continue
+        if not preference.conversational and eos is not None:
+            answers = [answer if answer[-1] == eos else [*answer, eos] for answer in answers]
+        longest = max(map(len, answers))
+        if max_response_length is not None:
+            longest = min(longest, max_response_length)
+        room = len(prompt) if max_prompt_length is None else min(len(prompt), max_prompt_length)
+        if max_length is not None and room + longest > max_length:
+            room = max(max_length - longest, min(room, max_length // 2))
+            longest = max_length - room
+        if room < len(prompt):
+            cut_prompts += 1
+            keeps_bos = room > 1 and prompt[0] == bos
+            prompt = [bos, *prompt[len(prompt) - room + 1 :]] if keeps_bos else prompt[-room:]
+        cut_responses += sum(len(answer) > longest for answer in answers)
+        chosen, rejected = (answer[:longest] for answer in answers)
+        equal += chosen == rejected
+        pairs.append((prompt, chosen, rejected))
+    if problems:
+        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise DataError("\n".join(problems[:10] + more))
+    if cut_prompts or cut_responses:
+        logger.warning(
+            "truncated %d of %d prompts and %d of %d responses",
+            cut_prompts,
+            len(pairs),
+            cut_responses,
+            2 * len(pairs),
+        )
+    if equal:
+        logger.warning("%d of %d pairs have the same tokens on both sides and teach nothing", equal, len(pairs))
+    return PairDataset(pairs)
+
+
+def _encode(tokenizer: Any, texts: set[str], special: bool) -> dict[str, list[int]]:
+    if not texts:
+        return {}
+    ordered = list(texts)
+    # verbose=False: texts longer than the model's context are truncated after this, if at all.
+    ids = tokenizer(ordered, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+    return dict(zip(ordered, ids, strict=True))
+
+
+def _render(preference: Preference, tokenizer: Any) -> tuple[str, str, str]:
+    """The texts of prompt, chosen and rejected."""
+    prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
+    if isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
+        return prompt, chosen, rejected  # type: ignore[return-value]
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("messages need a tokenizer with a chat template")
+    try:
+        opening = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        bare = tokenizer.apply_chat_template(list(prompt), tokenize=False)
+        full = [tokenizer.apply_chat_template([*prompt, *answer], tokenize=False) for answer in (chosen, rejected)]
+    except Exception as error:  # jinja2's errors have no base that is importable without it
+        raise DataError(f"the chat template fails: {error}") from error
+    # The generation prompt may end in what finished answers lack, such as the opening of a thought.
+    start = commonprefix([opening, *full])  # noqa: RUF071 - by characters is what is meant
+    if len(start) < len(bare):
+        raise DataError("the chat template does not begin the conversation with its prompt")
+    return start, full[0][len(start) :], full[1][len(start) :]
+
+
+class PairCollator:
+    """Collate items of a :class:`PairDataset` into one right-padded batch: the chosen ones first, then the
+    rejected.
+
+    Returns a dict of P pairs, S = 2P sequences and T response tokens:
+
+    - ``input_ids``, ``attention_mask``: int64 ``[S, L]``;
+    - ``rows``: int64 ``[T]``, the positions in the flattened ``[S * L]`` whose hidden states predict the
+      response;
+    - ``targets``: int64 ``[T]``, the response tokens; ``cu_seqlens``: int32 ``[S + 1]``, offsets into T;
+    - ``ref_chosen_logps``, ``ref_rejected_logps``: float32 ``[P]``, where the items have them.
+    """
+
+    def __init__(self, pad_token_id: int = 0) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        prompts = [item["prompt_ids"] for item in items] * 2
+        responses = [item["chosen_ids"] for item in items] + [item["rejected_ids"] for item in items]
+        prompt_lengths = np.fromiter(map(len, prompts), dtype=np.int64)
+        response_lengths = np.fromiter(map(len, responses), dtype=np.int64)
+        lengths = prompt_lengths + response_lengths
+        width = int(lengths.max())
+        mask = np.arange(width) < lengths[:, None]
+        input_ids = np.full(mask.shape, self.pad_token_id, dtype=np.int64)
+        input_ids[mask] = np.concatenate([part for pair in zip(prompts, responses, strict=True) for part in pair])
+        offsets = np.concatenate([[0], response_lengths.cumsum()])
+        before_first = np.arange(len(responses)) * width + prompt_lengths - 1
+        rows = np.repeat(before_first - offsets[:-1], response_lengths) + np.arange(offsets[-1])
+        batch = {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "rows": torch.from_numpy(rows),
+            "targets": torch.from_numpy(np.concatenate(responses)),
+            "cu_seqlens": torch.from_numpy(offsets.astype(np.int32)),
+        }
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in items[0]:
+                batch[name] = torch.tensor([item[name] for item in items], dtype=torch.float32)
+        return batch

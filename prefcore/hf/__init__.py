@@ -1,0 +1,28 @@
+"""Plugs into Hugging Face transformers: the language-model head, scoring, and the Trainer."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefcore.hf.head import Head, final_hidden, find_head
+    from prefcore.hf.score import response_logps
+    from prefcore.hf.trainer import PreferenceTrainer
+
+__all__ = ["Head", "PreferenceTrainer", "final_hidden", "find_head", "response_logps"]
+
+_HOMES = {
+    "Head": "head",
+    "final_hidden": "head",
+    "find_head": "head",
+    "response_logps": "score",
+    "PreferenceTrainer": "trainer",
+}
+
+
+# The trainer imports transformers.Trainer, which takes seconds; scoring does without it.
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"prefcore.hf.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

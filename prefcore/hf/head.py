@@ -1,0 +1,227 @@
+"""The language-model head of a Hugging Face causal LM: its weight, and how raw logits become the model's
+logits."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Attributes of a text config that multiply (+1) or divide (-1) the head's output, with the models that
+# brought them.
+_SCALES = {
+    "logit_scale": 1,  # Cohere
+    "lm_head_multiplier": 1,  # Falcon-H1
+    "logits_scaling": -1,  # Granite
+}
+_PROBE_TOKENS = 8
+_PROBE_PEAK = 60.0  # reaches well into a softcap of 30 or 50
+
+# The heads of models that were already compared with the model's own logits.
+_probed: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The head of a causal LM: logits = softcap(logit_scale * (hidden @ weight.T + bias)).
+
+    Attributes:
+        backbone: the module whose ``last_hidden_state`` is the input of the head.
+        weight: ``[V, D]``, the model's own parameter, tied or not.
+        bias: ``[V]`` or None.
+        softcap: softcap(u) = softcap * tanh(u / softcap); None where the model has none.
+        logit_scale: 1.0 where the model has none.
+    """
+
+    backbone: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits ``[..., V]`` of final hidden states ``[..., D]``, in full memory: to compare."""
+        return self._transform(F.linear(hidden.to(self.weight.device), self.weight, self.bias))
+
+    def _transform(self, raw: Tensor) -> Tensor:
+        raw = raw * self.logit_scale
+        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+
+
+def find_head(model: nn.Module, *, probe: bool = True) -> Head:
+    """Find the head of a causal LM, bare or wrapped by PEFT.
+
+    Before its first use a model is compared with the head found, on a few tokens: so a model that does
+    something else to its logits raises, instead of training silently wrong. The outcome is remembered per
+    model.
+
+    Args:
+        model: a ``PreTrainedModel`` with a linear head, or a ``PeftModel`` around one.
+        probe: compare with the model's own logits (two forward passes of 8 tokens, once per model).
+
+    Raises:
+        TypeError: ``model`` is no causal LM of transformers.
+        NotImplementedError: a head that is not a plain linear layer (LoRA or quantisation on the head), one
+            whose weight is sharded or offloaded, or a model that the probe found to compute its logits in
+            another way.
+    """
+    base = base_model(model)
+    module = base.get_output_embeddings()
+    if module is None:
+        raise TypeError(f"{type(base).__name__} has no language-model head (get_output_embeddings() is None)")
+    _refuse_unknown_module(module, type(base).__name__)
+    backbone = base.base_model
+    if backbone is base:
+        raise NotImplementedError(
+            f"{type(base).__name__} has no backbone apart from its head (base_model_prefix={base.base_model_prefix!r})"
+        )
+    config = base.config.get_text_config()
+    scale = 1.0
+    for name, sign in _SCALES.items():
+        value = getattr(config, name, None)
+        if value is not None:
+            scale *= float(value) ** sign
+    softcap = getattr(config, "final_logit_softcapping", None)
+    head = Head(backbone, module.weight, module.bias, None if softcap is None else float(softcap), scale)
+    if probe:
+        facts = (type(module), head.softcap, head.logit_scale, head.bias is None)
+        if _probed.get(base) != facts:
+            _compare(base, module, head)
+            _probed[base] = facts
+    return head
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model inside ``model``, which may be wrapped by PEFT.
+
+    Raises:
+        TypeError: no transformers model.
+        NotImplementedError: an encoder-decoder, or a PEFT method that changes the inputs (prompt learning).
+    """
+    if hasattr(model, "get_base_model"):
+        if getattr(model.active_peft_config, "is_prompt_learning", False):
+            raise NotImplementedError(
+                f"PEFT's {model.active_peft_config.peft_type} adds virtual tokens to the input; adapters "
+                "inside the layers (LoRA and the like) are supported"
+            )
+        model = model.get_base_model()
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model_prefix"):
+        raise TypeError(f"expected a transformers causal LM or a PeftModel around one, got {type(model).__name__}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise NotImplementedError(f"{type(model).__name__} is an encoder-decoder; only causal LMs are supported")
+    return model
+
+
+def final_hidden(head: Head, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Tensor:
+    """Run the backbone: the hidden states ``[B, L, D]`` that the head would see."""
+    out = head.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+    return out.last_hidden_state
+
+
+def _refuse_unknown_module(module: Any, name: str) -> None:
+    if type(module).forward is not nn.Linear.forward:
+        hint = (
+            "; train the head's own weight, or leave it out of PEFT's target_modules and modules_to_save"
+            if type(module).__module__.startswith("peft.")
+            else ""
+        )
+        raise NotImplementedError(
+            f"the head of {name} is a {type(module).__module__}.{type(module).__qualname__}; prefcore reads "
+            f"the weight of a plain torch.nn.Linear{hint}"
+        )
+    # accelerate's dispatch replaces the instance's forward; all it does here is move tensors between devices.
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        raise NotImplementedError(f"the forward of {name}'s head was replaced; prefcore would bypass it")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise NotImplementedError(f"the head of {name} has forward hooks, which prefcore would bypass")
+    weight = module.weight
+    kind = type(weight.data).__name__
+    if "DTensor" in (kind, type(weight).__name__) or weight.numel() == 0:
+        raise NotImplementedError(
+            f"the head of {name} is sharded (FSDP, tensor parallel or ZeRO-3); use DDP or ZeRO-1/2 instead"
+        )
+    if weight.is_meta:
+        raise NotImplementedError(f"the head of {name} is offloaded (its weight is on the meta device)")
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def _compare(base: Any, module: nn.Linear, head: Head) -> None:
+    """Raise unless the head sees the backbone's last hidden state and ``head.logits`` gives the model's
+    logits.
+
+    What the head sees is amplified on its way in, so that a softcap shows in the logits of any model, trained
+    or not.
+    """
+    name = type(base).__name__
+    seen: list[Tensor] = []
+
+    def amplify(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        raw = F.linear(args[0].to(module.weight.device), module.weight) * abs(head.logit_scale)
+        amplified = args[0] * (_PROBE_PEAK / raw.abs().amax().clamp_min(1e-6))
+        seen.extend((args[0], amplified))
+        return (amplified, *args[1:])
+
+    device = base.get_input_embeddings().weight.device
+    ids = (torch.arange(_PROBE_TOKENS, device=device) + 1).remainder(module.weight.shape[0])[None]
+    mask = torch.ones_like(ids)
+    with _evaluating(base):
+        hook = module.register_forward_pre_hook(amplify)
+        try:
+            theirs = base(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        except Exception as error:
+            raise NotImplementedError(f"{name} does not run on input_ids and attention_mask alone: {error}") from error
+        finally:
+            hook.remove()
+        if not seen:
+            raise NotImplementedError(f"{name} computes its logits without calling its output embeddings")
+        hidden = final_hidden(head, ids, mask)
+    if hidden.shape != seen[0].shape:
+        raise NotImplementedError(
+            f"the head of {name} sees {tuple(seen[0].shape)}, its backbone returns {tuple(hidden.shape)}"
+        )
+    gap, ratio = _difference(hidden, seen[0])
+    if not gap <= _tolerance(hidden.dtype):  # a NaN does not pass
+        raise NotImplementedError(
+            f"{name} changes the hidden states between its backbone and its head: "
+            f"relative difference {gap:.2g}, best single factor {ratio:.6g}"
+        )
+    mine = head.logits(seen[1])
+    if mine.shape != theirs.shape:
+        raise NotImplementedError(f"{name} returns logits {tuple(theirs.shape)}, its head {tuple(mine.shape)}")
+    gap, ratio = _difference(mine, theirs)
+    if not gap <= _tolerance(module.weight.dtype):
+        raise NotImplementedError(
+            f"the logits of {name} are not softcap(scale * (hidden @ weight.T + bias)) with "
+            f"softcap={head.softcap}, scale={head.logit_scale:.6g}, "
+            f"{'no bias' if head.bias is None else 'its bias'}: relative difference {gap:.2g}, "
+            f"best single factor {ratio:.6g}"
+        )
+
+
+def _difference(mine: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """Relative root-mean-square difference, and the factor that brings ``mine`` closest to ``theirs``."""
+    mine, theirs = mine.double().flatten(), theirs.to(mine.device).double().flatten()
+    error = (mine - theirs).norm() / theirs.norm().clamp_min(1e-300)
+    return float(error), float(mine @ theirs / (mine @ mine).clamp_min(1e-300))
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    # A few roundings of each logit; wider types may multiply in TF32, or sum in another order.
+    return max(4 * torch.finfo(dtype).eps, 2e-3)

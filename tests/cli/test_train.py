@@ -1,0 +1,214 @@
+"""``prefcore train``: what it refuses before it loads a model, and what it leaves behind."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+import transformers
+
+from prefcore import cli
+from prefcore.cli import _demo, train
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny model with its tokenizer, and 24 pairs for it: (model directory, data file)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    tokenizer = _demo._make_tokenizer()
+    model = _demo._make_model(tokenizer)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    training, _ = _demo.requests(0)
+    _demo._write_pairs(folder / "pairs.jsonl", training[:24])
+    return folder / "model", folder / "pairs.jsonl"
+
+
+def command(*options):
+    return cli.main(["train", *map(str, options)])
+
+
+@pytest.mark.quick
+def test_a_run_leaves_a_model_that_loads_its_metrics_and_their_plot(tiny, tmp_path, capsys):
+    model, data = tiny
+    output = tmp_path / "out"
+    options = ["--data", data, "--model", model, "--output", output, "--eval-fraction", 0.25]
+    assert command(*options, "--batch-size", 3, "--accumulate", 2, "--epochs", 4, "--lr", 1e-2) == 0
+    printed = capsys.readouterr().out
+    assert "18 pairs to train on, 6 held out" in printed
+    assert "step     0  held out  loss 0.6931" in printed
+    assert str(output) in printed
+
+    results = json.loads((output / "metrics.json").read_text())
+    assert results["steps"] == 12
+    assert results["measured_on"] == "held-out pairs"
+    assert results["first"]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert results["first"]["step"] == 0
+    assert results["last"]["step"] == 12
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+        assert name in results["last"]
+    for name in ("logps/chosen", "logps/rejected"):
+        assert any(name in entry for entry in results["history"])
+    training = [entry for entry in results["history"] if "loss" in entry]
+    assert training[-1]["rewards/margins"] > training[0]["rewards/margins"]
+    assert (output / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "model.safetensors").exists()
+
+    trained = transformers.AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    before = transformers.AutoModelForCausalLM.from_pretrained(model)
+    ids = tokenizer("ant cat", return_tensors="pt").input_ids
+    assert not torch.allclose(trained(ids).logits, before(ids).logits)
+
+
+def test_a_reference_may_be_kept_named_or_precomputed(tiny, tmp_path):
+    model, data = tiny
+    losses = []
+    for number, extra in enumerate(([], ["--no-precompute-ref"], ["--ref", model])):
+        output = tmp_path / str(number)
+        assert command("--data", data, "--model", model, "--output", output, "--lr", 1e-2, *extra) == 0
+        losses.append(json.loads((output / "metrics.json").read_text())["last"]["loss"])
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
+
+
+def test_a_run_is_resumed_from_its_checkpoint(tiny, tmp_path, capsys):
+    model, data = tiny
+    options = ["--data", data, "--model", model, "--batch-size", 4, "--save-steps", 3, "--lr", 1e-2]
+    assert command(*options, "--output", tmp_path / "whole") == 0
+    (tmp_path / "part").mkdir()
+    (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "part" / "checkpoint-3")
+    assert command(*options, "--output", tmp_path / "part") == 2
+    assert "holds checkpoints of another run" in capsys.readouterr().err
+    assert command(*options, "--output", tmp_path / "part", "--resume") == 0
+    whole, part = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "part")
+    )
+    for name, value in whole.items():
+        torch.testing.assert_close(part[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_adapters_are_merged_and_kept(tiny, tmp_path):
+    pytest.importorskip("peft")
+    model, data = tiny
+    assert command("--data", data, "--model", model, "--output", tmp_path / "out", "--lora", 2, "--lr", 0.05) == 0
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    before = transformers.AutoModelForCausalLM.from_pretrained(model).state_dict()
+    assert merged.keys() == before.keys()
+    changed = {name for name in merged if not torch.equal(merged[name], before[name])}
+    assert changed
+    assert all("proj" in name for name in changed)
+
+
+@pytest.mark.quick
+def test_malformed_data_ends_in_words_before_a_model_is_loaded(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    model, data = tiny
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(data.read_text() + '{"prompt": "a", "chosen": "b"}\n' + "oops\n")
+    assert command("--data", bad, "--model", model, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f'{bad}:25: the field "rejected" is missing' in error
+    assert f"{bad}:26: not JSON" in error
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"--data": None}, "--data is missing"),
+        ({"--model": None}, "--model is missing"),
+        ({"--output": None}, "--output is missing"),
+        ({"--data": "missing.jsonl"}, "missing.jsonl: cannot be read: No such file"),
+        ({"--model": "./missing"}, "--model ./missing: no such directory"),
+        ({"--ref": "./missing"}, "--ref ./missing: no such directory"),
+        ({"--output": "/dev/null/out"}, "--output /dev/null/out: cannot be written to"),
+        ({"--loss": "no_such"}, "no_such"),
+        ({"--loss-arg": "gama=1"}, "does not take gama; its arguments are beta"),
+        ({"--loss-arg": "gama"}, "takes NAME=VALUE, got 'gama'"),
+        ({"--loss": "cdpo"}, "needs label_smoothing"),
+        ({"--max-length": "1000"}, "--max-length 1000: the model has 32 positions"),
+        ({"--max-length": "1"}, "max_length must be at least 2"),
+        ({"--eval-data": "missing.jsonl"}, "missing.jsonl: cannot be read"),
+        ({"--resume": ""}, "--resume: there is no checkpoint"),
+        ({"--lr-scheduler": "no_such"}, "no_such"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_model_is_loaded(tiny, tmp_path, capsys, monkeypatch, change, text):
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    model, data = tiny
+    options = {"--data": data, "--model": model, "--output": tmp_path / "out", **change}
+    flat = [part for name, value in options.items() if value is not None for part in (name, value) if part]
+    assert command(*flat) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("prefcore train: error: ")
+    assert text in error
+
+
+def test_options_of_the_wrong_kind_are_refused(capsys):
+    for option, value in (("--lr", "0"), ("--batch-size", "0"), ("--beta", "-1"), ("--eval-fraction", "1")):
+        with pytest.raises(SystemExit) as caught:
+            command(option, value)
+        assert caught.value.code == 2
+        assert option in capsys.readouterr().err
+    assert command("--lr", "0.1") == 2
+    assert "--lr without --data and --model" in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch, capsys):
+    find = train.importlib.util.find_spec
+    monkeypatch.setattr(
+        train.importlib.util, "find_spec", lambda name: None if name in ("accelerate", "peft") else find(name)
+    )
+    assert command("--data", "a", "--model", "b", "--output", "c", "--lora", 2) == 2
+    assert 'accelerate, peft not installed; run: pip install "prefcore[hf,peft]"' in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_help_and_version_need_neither_transformers_nor_triton():
+    code = (
+        "import sys\nfrom prefcore.cli import main\n"
+        "try:\n    main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "found = {'transformers', 'triton', 'accelerate', 'matplotlib'} & set(sys.modules)\n"
+        "assert not found, found"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "PATH_OR_HUB_ID" in done.stdout
+    version = subprocess.run(
+        [sys.executable, "-m", "prefcore", "--version"], capture_output=True, text=True, check=True
+    )
+    assert version.stdout.startswith("prefcore ")
+
+
+@pytest.mark.quick
+def test_the_demonstration_asks_each_held_out_group_both_ways_and_checks_answers():
+    training, held_out = _demo.requests(3)
+    group = lambda prompt: frozenset(prompt.split(", ")[0].split())
+    assert not set(map(group, training)) & set(map(group, held_out))
+    asked = [prompt.split(", ")[1] for prompt in held_out]
+    assert asked.count("lightest first:") == asked.count("heaviest first:") == _demo.HELD_OUT_GROUPS
+    assert _demo.answer("cat whale ant fox, lightest first:") == "ant cat fox whale"
+    assert _demo.opposite("cat whale ant fox, lightest first:") == "whale fox cat ant"
+    assert _demo.answer("cat whale ant fox, heaviest first:") == "whale fox cat ant"
+    assert list(_demo.ANIMALS.values()) == sorted(_demo.ANIMALS.values())
+
+
+def test_the_demonstration_runs_in_a_smoke_size(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    try:
+        results = _demo.run(tmp_path / "demo", seed=0, tuning_steps=20, train_pairs=64)
+        assert "200 held-out requests" in capsys.readouterr().out
+        assert set(results["demo"]["before"]) == set(results["demo"]["after"])
+        saved = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+        assert saved["demo"] == results["demo"]
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "demo")
+        # It can be run again over what it left.
+        assert _demo.run(tmp_path / "demo", seed=0, tuning_steps=2, train_pairs=32)["steps"] == 2
+    finally:
+        torch.set_num_threads(threads)

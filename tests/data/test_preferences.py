@@ -1,0 +1,271 @@
+"""Preference files are read as documented, checked as a whole, and batched without a token out of place."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prefcore.data import (
+    DataError,
+    PairCollator,
+    PairDataset,
+    Preference,
+    read_preferences,
+    split_by_prompt,
+    tokenize_pairs,
+)
+
+QA_FEEDBACK = Path(__file__).parents[3] / "shared" / "data" / "qa_feedback.jsonl"
+GOOD = {"prompt": "Which?", "chosen": "this", "rejected": "that"}
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def say(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.quick
+def test_the_three_forms_are_read(tmp_path):
+    user, good, bad = say("user", "Which?"), say("assistant", "this"), say("assistant", "that")
+    path = write(
+        tmp_path / "pairs.jsonl",
+        {**GOOD, "id": 7},
+        "",
+        {"prompt": [user], "chosen": [good], "rejected": [bad]},
+        {"chosen": [user, good], "rejected": [user, bad]},
+        {"prompt": "Q", "responses": ["a", "b", "c"], "preferences": [[0, 1, 1], [0, 2, 2], [1, 2, 0]]},
+    )
+    assert read_preferences(path) == [
+        Preference("Which?", "this", "that", f"{path}:1"),
+        Preference((user,), (good,), (bad,), f"{path}:3"),
+        Preference((user,), (good,), (bad,), f"{path}:4"),
+        Preference("Q", "a", "b", f"{path}:5"),
+        Preference("Q", "c", "a", f"{path}:5"),
+    ]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"prompt": "a", ', "not JSON: .* at column 17"),
+        ("[1, 2]", "expected an object, got a list"),
+        ('"text"', "expected an object, got a string"),
+        ({"prompt": "a", "chosen": "b"}, 'the field "rejected" is missing'),
+        ({"chosen": "a", "rejected": "b"}, 'the field "prompt" is missing'),
+        ({"chosen": [say("user", "a")], "rejected": [say("user", "b")]}, "begin differently"),
+        ({**GOOD, "chosen": None}, '"chosen" must be a string or a list of messages, got null'),
+        ({**GOOD, "prompt": 3}, '"prompt" must be a string or a list of messages, got a number'),
+        ({**GOOD, "rejected": " \n"}, '"rejected" is empty'),
+        ({**GOOD, "chosen": []}, '"chosen" is empty'),
+        (
+            {**GOOD, "chosen": [{"role": "assistant"}]},
+            'message 0 of "chosen" must have a "role" and a "content"',
+        ),
+        (
+            {**GOOD, "chosen": [say("assistant", "a")]},
+            "all strings or all lists|must be strings or all lists",
+        ),
+        ({**GOOD, "tools": []}, '"tools" is not supported'),
+        ({"prompt": "a", "responses": ["b", "c"]}, 'the field "preferences" is missing'),
+        ({"prompt": "a", "responses": "bc", "preferences": []}, '"responses" must be a list of strings'),
+        (
+            {"prompt": "a", "responses": ["b", "c"], "preferences": [[0, 2, 1]]},
+            "does not name two of the 2 responses",
+        ),
+        ({"prompt": "a", "responses": ["b", "c"], "preferences": [[1, 1, 1]]}, "does not name two"),
+        ({"prompt": "a", "responses": ["b", "c"], "preferences": [[0, 1, 3]]}, "must be 0, 1 or 2"),
+        ({"prompt": "a", "responses": ["b", "c"], "preferences": [[0, 1]]}, "must be \\[i, j, label\\]"),
+        (
+            {"prompt": "a", "responses": ["b", "c"], "preferences": [[0, 1, True]]},
+            "must be \\[i, j, label\\]",
+        ),
+        ({"prompt": "a", "responses": ["b", ""], "preferences": [[0, 1, 1]]}, "response 1 is empty"),
+    ],
+)
+def test_a_malformed_line_gives_file_line_and_reason(tmp_path, line, reason):
+    path = write(tmp_path / "pairs.jsonl", GOOD, line)
+    with pytest.raises(DataError, match=reason) as caught:
+        read_preferences(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.quick
+def test_all_problems_are_reported_at_once_up_to_ten(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", "{", GOOD, {}, "1")
+    with pytest.raises(DataError) as caught:
+        read_preferences(path)
+    assert [line.split(": ")[0] for line in str(caught.value).splitlines()] == [f"{path}:{n}" for n in (1, 3, 4)]
+    with pytest.raises(DataError) as caught:
+        read_preferences(write(path, *["{"] * 25))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "... and 15 more malformed lines"
+
+
+def test_files_that_cannot_serve_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"missing\.jsonl: cannot be read: No such file"):
+        read_preferences(tmp_path / "missing.jsonl")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_preferences(tmp_path)
+    with pytest.raises(DataError, match="holds no preference"):
+        read_preferences(write(tmp_path / "empty.jsonl", "", " "))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
+    with pytest.raises(DataError, match=r"latin\.jsonl:1: not UTF-8 \(byte 12\)"):
+        read_preferences(tmp_path / "latin.jsonl")
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
+    assert len(read_preferences(tmp_path / "bom.jsonl")) == 1
+
+
+def test_holding_out_keeps_the_pairs_of_a_prompt_together():
+    preferences = [Preference(f"p{i % 10}", f"a{i}", f"b{i}") for i in range(40)]
+    train, test = split_by_prompt(preferences, 0.2, seed=1)
+    assert len(train) == 32
+    assert len(test) == 8
+    assert not {p.prompt for p in train} & {p.prompt for p in test}
+    assert split_by_prompt(preferences, 0.2, seed=1) == (train, test)
+    assert split_by_prompt(preferences, 0.2, seed=2) != (train, test)
+    assert len(split_by_prompt(preferences, 0.001)[1]) == 4
+    with pytest.raises(ValueError, match="two different prompts"):
+        split_by_prompt(preferences[:1], 0.5)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        split_by_prompt(preferences, 1.5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "U:", "A:", *"abcdefghij", "think"]
+    fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast.add_special_tokens(["<pad>", "<s>", "</s>"])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def tokens(dataset, tokenizer, index=0):
+    item = dataset[index]
+    return [
+        " ".join(tokenizer.convert_ids_to_tokens(item[f"{name}_ids"].tolist()))
+        for name in ("prompt", "chosen", "rejected")
+    ]
+
+
+@pytest.mark.quick
+def test_the_prompt_opens_and_the_answers_close(tokenizer):
+    pairs = tokenize_pairs([Preference("a b", "c", "d e"), Preference("", "c </s>", "d")], tokenizer)
+    assert tokens(pairs, tokenizer) == ["<s> a b", "c </s>", "d e </s>"]
+    assert tokens(pairs, tokenizer, 1) == ["<s>", "c </s>", "d </s>"]
+
+
+@pytest.mark.quick
+def test_truncation_keeps_the_end_of_prompts_and_the_start_of_answers_and_is_counted(tokenizer, caplog):
+    long = [Preference("a b c d e f", "g h i", "j"), Preference("a", "b", "c")]
+
+    def cut(**limits):
+        return tokens(tokenize_pairs(long, tokenizer, **limits), tokenizer)
+
+    assert cut() == ["<s> a b c d e f", "g h i </s>", "j </s>"]
+    assert cut(max_prompt_length=3) == ["<s> e f", "g h i </s>", "j </s>"]
+    assert cut(max_prompt_length=1) == ["f", "g h i </s>", "j </s>"]
+    assert cut(max_response_length=2) == ["<s> a b c d e f", "g h", "j </s>"]
+    assert cut(max_length=9) == ["<s> c d e f", "g h i </s>", "j </s>"]
+    assert cut(max_length=4) == ["<s> f", "g h", "j </s>"]
+    with caplog.at_level(logging.WARNING, "prefcore.data"):
+        caplog.clear()
+        cut(max_prompt_length=3, max_response_length=3)
+    assert caplog.messages == ["truncated 1 of 2 prompts and 1 of 4 responses"]
+    with pytest.raises(ValueError, match="max_length must be at least 2, got 1"):
+        cut(max_length=1)
+
+
+def test_pairs_of_equal_answers_are_counted(tokenizer, caplog):
+    with caplog.at_level(logging.WARNING, "prefcore.data"):
+        tokenize_pairs([Preference("a", "b", "b"), Preference("a", "b", "c")], tokenizer)
+    assert caplog.messages == ["1 of 2 pairs have the same tokens on both sides and teach nothing"]
+
+
+def test_messages_are_rendered_with_the_chat_template(tokenizer):
+    talk = Preference((say("user", "a"),), (say("assistant", "b"),), (say("assistant", "c d"),), "f.jsonl:3")
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match=r"f\.jsonl:3: messages need a tokenizer with a chat template"):
+        tokenize_pairs([talk], tokenizer)
+    turns = (
+        "<s>{% for m in messages %} {{ 'U: ' if m.role == 'user' else 'A: ' }}{{ m.content }} "
+        "{% if m.role != 'user' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %} A:"
+    )
+    try:
+        tokenizer.chat_template = turns + "{% endif %}"
+        assert tokens(tokenize_pairs([talk], tokenizer), tokenizer) == ["<s> U: a A:", "b </s>", "c d </s>"]
+        tokenizer.chat_template = turns + " think{% endif %}"  # which finished answers lack
+        assert tokens(tokenize_pairs([talk], tokenizer), tokenizer) == ["<s> U: a A:", "b </s>", "c d </s>"]
+        tokenizer.chat_template = "{{ messages | length }} {{ messages[-1].content }}"
+        with pytest.raises(DataError, match="does not begin the conversation with its prompt"):
+            tokenize_pairs([talk], tokenizer)
+        tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+        with pytest.raises(DataError, match="the chat template fails: no system role"):
+            tokenize_pairs([talk], tokenizer)
+    finally:
+        tokenizer.chat_template = None
+
+
+@pytest.mark.quick
+def test_rows_predict_targets_for_random_lengths():
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 5):
+        draw = lambda: rng.integers(1, 50, rng.integers(1, 9)).tolist()
+        data = [(draw(), draw(), draw()) for _ in range(count)]
+        pairs = PairDataset(data)
+        batch = PairCollator(pad_token_id=77)([pairs[i] for i in range(count)])
+        sequences = [(p, c) for p, c, _ in data] + [(p, r) for p, _, r in data]
+        width = max(len(p) + len(r) for p, r in sequences)
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (2 * count, width)
+        assert batch["cu_seqlens"].dtype == torch.int32
+        flat = batch["input_ids"].flatten()
+        for s, (prompt, response) in enumerate(sequences):
+            whole = prompt + response
+            assert batch["input_ids"][s].tolist() == whole + [77] * (width - len(whole))
+            assert batch["attention_mask"][s].tolist() == [1] * len(whole) + [0] * (width - len(whole))
+            start, stop = batch["cu_seqlens"][s : s + 2].tolist()
+            assert batch["targets"][start:stop].tolist() == response
+            assert flat[batch["rows"][start:stop]].tolist() == whole[len(prompt) - 1 : -1]
+
+
+@pytest.mark.quick
+def test_reference_log_probs_travel_with_the_pairs():
+    pairs = PairDataset([([1], [2], [3]), ([4], [5], [6])])
+    known = pairs.with_reference(torch.tensor([-1.5, -2.5]), torch.tensor([-3.0, -4.0]))
+    assert known.has_reference
+    assert not pairs.has_reference
+    batch = PairCollator()([known[1], known[0]])
+    assert batch["ref_chosen_logps"].tolist() == [-2.5, -1.5]
+    assert batch["ref_rejected_logps"].tolist() == [-4.0, -3.0]
+    with pytest.raises(ValueError, match="expected 2 log-probs"):
+        pairs.with_reference(torch.zeros(3), torch.zeros(3))
+    with pytest.raises(ValueError, match="pair 0: the rejected has no token"):
+        PairDataset([([1], [2], [])])
+
+
+@pytest.mark.skipif(not QA_FEEDBACK.exists(), reason=f"{QA_FEEDBACK} is not there")
+def test_the_qa_feedback_sample_is_read_whole():
+    preferences = read_preferences(QA_FEEDBACK)
+    records = [json.loads(line) for line in QA_FEEDBACK.read_text().splitlines()]
+    assert len(preferences) == sum(label != 0 for record in records for _, _, label in record["preferences"])
+    record = records[0]
+    i, j, label = next(entry for entry in record["preferences"] if entry[2])
+    winner, loser = (i, j) if label == 1 else (j, i)
+    first = preferences[0]
+    assert first.prompt == record["prompt"]
+    assert (first.chosen, first.rejected) == (record["responses"][winner], record["responses"][loser])

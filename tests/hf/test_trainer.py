@@ -1,0 +1,410 @@
+"""The trainer's gradients, metrics, references and checkpoints are what the plain computation says."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("transformers")
+import transformers
+from transformers import TrainingArguments
+
+from prefcore import losses
+from prefcore.data import PairCollator, PairDataset
+from prefcore.hf import PreferenceTrainer, response_logps
+
+METRICS = [
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+]
+
+
+def make_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes}))
+
+
+def make_pairs(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 9, (count, 3), generator=generator).tolist()
+    draw = lambda n: torch.randint(3, 61, (n,), generator=generator).tolist()
+    return PairDataset([tuple(draw(n) for n in row) for row in sizes])
+
+
+def arguments(path, **changes):
+    settings = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 0.0,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+        "save_strategy": "no",
+    }
+    return TrainingArguments(str(path), **{**settings, **changes})
+
+
+class Gradients(transformers.TrainerCallback):
+    """Keeps a copy of what the optimizer is about to see."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.kept = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def run(path, model, pairs, eval_pairs=None, settings=None, **kwargs):
+    keeper = Gradients()
+    trainer = PreferenceTrainer(
+        model, arguments(path, **(settings or {})), pairs, eval_pairs, callbacks=[keeper], **kwargs
+    )
+    trainer.train()
+    return trainer, getattr(keeper, "kept", None)
+
+
+def dpo_by_hand(model, reference, pairs, beta=0.1):
+    batch = PairCollator()([pairs[i] for i in range(len(pairs))])
+    with torch.no_grad():
+        ref_chosen, ref_rejected = response_logps(reference, batch).chunk(2)
+    chosen, rejected = response_logps(model, batch).chunk(2)
+    rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    loss = F.softplus(rewards[1] - rewards[0]).mean()
+    columns = [*rewards, rewards[0] - rewards[1], (rewards[0] > rewards[1]).float(), chosen, rejected]
+    return loss, {name: column.mean().item() for name, column in zip(METRICS, columns, strict=True)}
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], rtol=2e-5, atol=2e-6, msg=name)
+
+
+@pytest.mark.quick
+def test_one_step_gives_the_loss_metrics_and_gradients_of_the_formula(tmp_path):
+    pairs, model, reference = make_pairs(8), make_model(0), make_model(1)
+    trainer, gradients = run(tmp_path, model, pairs, ref_model=reference, settings={"per_device_train_batch_size": 8})
+    loss, metrics = dpo_by_hand(model, reference, pairs)
+    model.zero_grad()
+    loss.backward()
+    assert_same(gradients, {n: p.grad for n, p in model.named_parameters()})
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for name in METRICS:
+        assert logged[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("size", "steps"), [(2, 4), (3, 3), (1, 8)])
+def test_accumulated_steps_give_the_gradient_of_one_large_batch(tmp_path, size, steps):
+    pairs, reference = make_pairs(8), make_model(1)
+    _, whole = run(tmp_path, make_model(), pairs, ref_model=reference, settings={"per_device_train_batch_size": 8})
+    settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+    trainer, parts = run(tmp_path, make_model(), pairs, ref_model=reference, settings=settings)
+    assert_same(parts, whole)  # also where the last micro-batch is smaller
+    loss, metrics = dpo_by_hand(make_model(), reference, pairs)
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for name in METRICS:
+        assert logged[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path):
+    pairs, reference = make_pairs(4), make_model(1)
+    _, plain = run(tmp_path, make_model(), pairs, ref_model=reference)
+    _, saved = run(tmp_path, make_model(), pairs, ref_model=reference, settings={"gradient_checkpointing": True})
+    assert_same(saved, plain)
+
+
+def test_bf16_autocast_is_on_in_the_forward(tmp_path):
+    pairs, reference = make_pairs(4), make_model(1)
+    _, plain = run(tmp_path, make_model(), pairs, ref_model=reference)
+    model = make_model()
+    kinds = []
+    model.model.layers[0].mlp.register_forward_hook(lambda m, args, out: kinds.append(out.dtype))
+    _, mixed = run(tmp_path, model, pairs, ref_model=reference, settings={"bf16": True})
+    assert kinds[-1] == torch.bfloat16
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert mixed[name].dtype == torch.float32
+    assert not torch.equal(mixed[name], plain[name])
+    assert F.cosine_similarity(mixed[name].flatten(), plain[name].flatten(), dim=0) > 0.99
+
+
+@pytest.mark.quick
+def test_every_kind_of_reference_gives_the_same_step(tmp_path):
+    pairs = make_pairs(8)
+    settings = {"per_device_train_batch_size": 8}
+    policy, reference = make_model(0), make_model(1)
+    _, expected = run(tmp_path, policy, pairs, ref_model=reference, settings=settings)
+    trainer, precomputed = run(
+        tmp_path, make_model(0), pairs, ref_model=reference, precompute_reference=True, settings=settings
+    )
+    assert_same(precomputed, expected)
+    assert trainer._ref_model is None
+
+    batch = PairCollator()([pairs[i] for i in range(8)])
+    with torch.no_grad():
+        known = pairs.with_reference(*response_logps(reference, batch).chunk(2))
+    _, given = run(tmp_path, make_model(0), known, settings=settings)
+    assert_same(given, expected)
+
+    # The default reference is the model as it came, whether kept or precomputed.
+    settings = {**settings, "max_steps": 2, "learning_rate": 0.1}
+    _, kept = run(tmp_path, make_model(0), pairs, settings=settings)
+    _, first = run(tmp_path, make_model(0), pairs, precompute_reference=True, settings=settings)
+    _, named = run(tmp_path, make_model(0), pairs, ref_model=make_model(0), settings=settings)
+    assert_same(kept, named)
+    assert_same(first, named)
+
+
+def test_the_reference_of_adapters_is_the_model_without_them(tmp_path):
+    peft = pytest.importorskip("peft")
+    pairs = make_pairs(8)
+
+    def adapted():
+        torch.manual_seed(3)
+        model = peft.get_peft_model(
+            make_model(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
+        )
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        return model
+
+    settings = {"per_device_train_batch_size": 8}
+    trainer, expected = run(tmp_path, adapted(), pairs, ref_model=make_model(), settings=settings)
+    assert expected
+    assert all("lora" in name for name in expected)
+    _, disabled = run(tmp_path, adapted(), pairs, settings=settings)
+    assert_same(disabled, expected)
+    _, precomputed = run(tmp_path, adapted(), pairs, precompute_reference=True, settings=settings)
+    assert_same(precomputed, expected)
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.quick
+def test_evaluation_averages_over_all_pairs_of_unequal_batches(tmp_path):
+    pairs, held_out, reference = make_pairs(8), make_pairs(7, seed=5), make_model(1)
+    model = make_model()
+    trainer, _ = run(
+        tmp_path,
+        model,
+        pairs,
+        held_out,
+        ref_model=reference,
+        settings={"eval_strategy": "steps", "eval_steps": 1},
+    )
+    loss, metrics = dpo_by_hand(model, reference, held_out)
+    for result in (
+        trainer.evaluate(),
+        next(entry for entry in trainer.state.log_history if "eval_loss" in entry),
+    ):
+        assert result["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+        for name in METRICS:
+            assert result[f"eval_{name}"] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6)
+
+
+def test_logged_metrics_are_means_over_the_whole_interval(tmp_path):
+    pairs, reference, model = make_pairs(10), make_model(1), make_model()
+    settings = {"max_steps": -1, "num_train_epochs": 1, "logging_steps": 3}  # batches of 4, 4 and 2
+    trainer, _ = run(tmp_path, model, pairs, ref_model=reference, settings=settings)
+    _, metrics = dpo_by_hand(model, reference, pairs)
+    for name in METRICS:
+        assert trainer.state.log_history[0][name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
+    pairs = make_pairs(16)
+    settings = {
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "linear",
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    whole, _ = run(tmp_path / "a", make_model(), pairs, precompute_reference=True, settings=settings)
+    again = PreferenceTrainer(make_model(), arguments(tmp_path / "a", **settings), pairs, precompute_reference=True)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert again.state.global_step == 6
+    assert_same(dict(again.model.named_parameters()), dict(whole.model.named_parameters()))
+    whole.save_model()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert (tmp_path / "a" / "model.safetensors").exists()
+    assert_same(dict(loaded.named_parameters()), dict(whole.model.named_parameters()))
+
+
+def test_dropout_is_off_unless_wanted(tmp_path):
+    for wanted in (False, True):
+        config = transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+        model = transformers.GPT2LMHeadModel(config)
+        trainer, _ = run(tmp_path, model, make_pairs(4), disable_dropout=not wanted)
+        assert (trainer.state.log_history[0]["rewards/margins"] != 0) == wanted
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("loss", "loss_args"),
+    [
+        ("dpo", {}),
+        ("sigmoid", {"beta": 0.2}),
+        ("cdpo", {"label_smoothing": 0.1}),
+        ("ipo", {}),
+        ("ipo", {"length_normalize": True}),
+    ],
+)
+def test_registered_losses_train(tmp_path, loss, loss_args):
+    trainer, _ = run(
+        tmp_path,
+        make_model(),
+        make_pairs(8),
+        loss=loss,
+        loss_args=loss_args,
+        precompute_reference=True,
+        settings={"max_steps": 10, "optim": "adamw_torch", "learning_rate": 3e-3},
+    )
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert history[-1]["rewards/margins"] > history[0]["rewards/margins"]
+    assert history[-1]["rewards/accuracies"] > 0.7
+
+
+def test_a_loss_may_want_lengths_and_no_reference(tmp_path, monkeypatch):
+    seen = []
+
+    def per_token(chosen_logps, rejected_logps, *, scale, chosen_lengths, rejected_lengths):
+        seen.append((chosen_lengths.tolist(), rejected_lengths.tolist()))
+        return -scale * (chosen_logps / chosen_lengths - rejected_logps / rejected_lengths)
+
+    method = losses.Method("per_token", per_token, "pairwise", "", frozenset({"lengths"}), True)
+    monkeypatch.setattr(losses, "get", lambda name: method)
+    pairs, model = make_pairs(4), make_model()
+    trainer, _ = run(tmp_path, model, pairs, loss="per_token", loss_args={"scale": 2.0})
+    assert trainer._ref_model is None
+    items = [pairs[i] for i in range(4)]
+    got = list(zip(*seen[-1], strict=True))
+    assert sorted(got) == sorted((len(i["chosen_ids"]), len(i["rejected_ids"])) for i in items)
+    logged = trainer.state.log_history[0]
+    assert logged["rewards/chosen"] == pytest.approx(0.1 * logged["logps/chosen"])
+    with pytest.raises(ValueError, match="needs no reference"):
+        run(tmp_path, model, pairs, loss="per_token", loss_args={"scale": 2.0}, ref_model=make_model())
+    monkeypatch.setattr(
+        losses, "get", lambda name: dataclasses.replace(method, needs=frozenset({"token_logps", "reference"}))
+    )
+    with pytest.raises(NotImplementedError, match="has no token_logps"):
+        run(tmp_path, model, pairs, loss="per_token")
+
+
+@pytest.mark.quick
+def test_bad_arguments_are_refused(tmp_path):
+    model, pairs, args = make_model(), make_pairs(4), arguments(tmp_path)
+    with pytest.raises(ValueError, match="no_such_loss"):
+        PreferenceTrainer(model, args, pairs, loss="no_such_loss")
+    with pytest.raises(TypeError, match="does not take gama"):
+        PreferenceTrainer(model, args, pairs, loss_args={"gama": 1})
+    with pytest.raises(TypeError, match="needs label_smoothing"):
+        PreferenceTrainer(model, args, pairs, loss="cdpo")
+    with pytest.raises(ValueError, match="label_smoothing"):
+        PreferenceTrainer(model, args, pairs, loss="cdpo", loss_args={"label_smoothing": 0.7})
+    with pytest.raises(ValueError, match="beta"):
+        PreferenceTrainer(model, args, pairs, beta=-1.0)
+    with pytest.raises(NotImplementedError, match="compute_metrics"):
+        PreferenceTrainer(model, args, pairs, compute_metrics=print)
+    with pytest.raises(ValueError, match="the model itself"):
+        PreferenceTrainer(model, args, pairs, ref_model=model)
+    with pytest.raises(TypeError, match="tokenize_pairs"):
+        PreferenceTrainer(model, args, [{"prompt": "a"}])
+    trainer = PreferenceTrainer(model, args, pairs, precompute_reference=True)
+    with pytest.raises(ValueError, match="with_reference"):
+        trainer.evaluate(make_pairs(4))
+
+
+def _worker(rank, port, path):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    pairs, held_out = make_pairs(8), make_pairs(7, seed=5)
+    settings = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 2,
+        "ddp_backend": "gloo",
+    }
+    trainer, gradients = run(
+        path,
+        make_model(),
+        pairs,
+        held_out,
+        settings=settings,
+        ref_model=make_model(1),
+        precompute_reference=True,
+    )
+    assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+    evaluated = trainer.evaluate()
+    trainer.save_model(str(path / "saved"))
+    torch.save(gradients, path / f"gradients{rank}.pt")
+    (path / f"logs{rank}.json").write_text(json.dumps([trainer.state.log_history[0], evaluated]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch is built without gloo")
+def test_two_processes_give_the_gradients_and_metrics_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # A fresh interpreter each: this module may have been imported under a name that no other process can
+    # find.
+    code = (
+        "import importlib.util, pathlib, sys;"
+        f"spec = importlib.util.spec_from_file_location('worker', {str(Path(__file__))!r});"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module);"
+        f"module._worker(int(sys.argv[1]), {port}, pathlib.Path({str(tmp_path)!r}))"
+    )
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=300)
+        assert worker.returncode == 0, errors
+
+    pairs, held_out, reference, model = make_pairs(8), make_pairs(7, seed=5), make_model(1), make_model()
+    _, expected = run(tmp_path, model, pairs, ref_model=reference, settings={"per_device_train_batch_size": 8})
+    loss, metrics = dpo_by_hand(model, reference, pairs)
+    eval_loss, eval_metrics = dpo_by_hand(model, reference, held_out)
+    for rank in (0, 1):
+        assert_same(torch.load(tmp_path / f"gradients{rank}.pt"), expected)
+        logged, evaluated = json.loads((tmp_path / f"logs{rank}.json").read_text())
+        assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert evaluated["eval_loss"] == pytest.approx(eval_loss.item(), rel=1e-5)
+        for name in METRICS:
+            assert logged[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6)
+            assert evaluated[f"eval_{name}"] == pytest.approx(eval_metrics[name], rel=1e-4, abs=1e-6)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert_same(dict(loaded.named_parameters()), dict(model.named_parameters()))
