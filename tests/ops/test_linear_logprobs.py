@@ -42,6 +42,11 @@ SCHEDULES = [
 ]
 
 
+def few(T: int, impl: str, device: str) -> int:
+    """Rows for a test: the interpreter takes a millisecond or more for each, and walks over tiles are not its own."""
+    return min(T, 21) if (impl, device) == ("triton", "cpu") else T
+
+
 @dataclasses.dataclass
 class Case:
     hidden: torch.Tensor
@@ -194,7 +199,9 @@ def band(case: Case, name: str, truth: torch.Tensor) -> float:
 @pytest.mark.parametrize("outputs", [(), ALL], ids=["logps", "all"])
 @pytest.mark.parametrize(("schedule", "budget", "train_head"), SCHEDULES)
 def test_every_schedule_equals_the_oracle(schedule, budget, train_head, outputs, impl, device):
-    case = make(301, 2500, outputs=outputs, train_head=train_head, extras="bias temperatures softcap scale")
+    case = make(
+        few(301, impl, device), 2500, outputs=outputs, train_head=train_head, extras="bias temperatures softcap scale"
+    )
     check(case, impl, device, schedule=schedule, memory_budget=budget)
 
 
@@ -202,7 +209,9 @@ def test_every_schedule_equals_the_oracle(schedule, budget, train_head, outputs,
 @pytest.mark.parametrize("schedule", ["retain", "recompute", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_dtype(dtype, schedule, impl, device):
-    case = make(150, 1300, dtype=dtype, outputs=ALL[:2], extras="bias", train_head=schedule != "frozen")
+    case = make(
+        few(150, impl, device), 1300, dtype=dtype, outputs=ALL[:2], extras="bias", train_head=schedule != "frozen"
+    )
     check(case, impl, device, schedule=schedule)
     check(
         dataclasses.replace(case, outputs=(), upstream={"logps": case.upstream["logps"]}),
@@ -216,7 +225,7 @@ def test_every_dtype(dtype, schedule, impl, device):
 @pytest.mark.parametrize("schedule", ["retain", "recompute", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_logits_are_not_rounded(dtype, schedule, impl, device):
-    case = make(150, 1300, dtype=dtype, train_head=False)
+    case = make(few(150, impl, device), 1300, dtype=dtype, train_head=False)
     exact = reference.linear_logprobs(case.hidden.double(), case.weight.double(), case.targets).logps
     wide = check(case, impl, device, schedule=schedule, logits_dtype=torch.float32)
     assert (wide["logps"] - exact).abs().max() < 1e-4
@@ -246,7 +255,9 @@ def test_few_rows(T, schedule, impl, device):
 @pytest.mark.parametrize("schedule", ["retain", "recompute", "frozen"])
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])
 def test_ignored_rows_are_inert_whatever_they_hold(ignored, schedule, impl, device):
-    case = make(131, 300, ignored=ignored, outputs=ALL, extras="bias", train_head=schedule != "frozen")
+    case = make(
+        few(131, impl, device), 300, ignored=ignored, outputs=ALL, extras="bias", train_head=schedule != "frozen"
+    )
     case.hidden[case.targets == IGNORE] = torch.nan
     actual = check(case, impl, device, schedule=schedule)
     if ignored == "all":
@@ -257,7 +268,9 @@ def test_ignored_rows_are_inert_whatever_they_hold(ignored, schedule, impl, devi
 @pytest.mark.parametrize("schedule", ["retain", "recompute", "frozen"])
 @pytest.mark.parametrize("gradient", ["zero", "negative", "entropy", "sparse"])
 def test_upstream_gradients(gradient, schedule, impl, device):
-    case = make(301, 1200, outputs=ALL, extras="bias", train_head=schedule != "frozen", gradient=gradient)
+    case = make(
+        few(301, impl, device), 1200, outputs=ALL, extras="bias", train_head=schedule != "frozen", gradient=gradient
+    )
     actual = check(case, impl, device, schedule=schedule, drop_zero_rows=True)
     if gradient == "zero":
         assert all((value == 0).all() for name, value in actual.items() if name.startswith("d_"))
@@ -267,8 +280,8 @@ def test_upstream_gradients(gradient, schedule, impl, device):
 @EVERY
 @pytest.mark.parametrize(("schedule", "budget", "train_head"), SCHEDULES)
 def test_rows_without_gradient_are_left_out_alike(schedule, budget, train_head, impl, device):
-    case = make(301, 2500, train_head=train_head, gradient="sparse", extras="bias")
-    case.hidden[: 301 * 3 // 4] *= 1e3  # would show if these rows took part
+    case = make(few(301, impl, device), 2500, train_head=train_head, gradient="sparse", extras="bias")
+    case.hidden[: len(case.targets) * 3 // 4] *= 1e3  # would show if these rows took part
     check(case, impl, device, schedule=schedule, memory_budget=budget, drop_zero_rows=True)
 
 
@@ -328,7 +341,7 @@ def test_float64_gradcheck(schedule, impl, device):
 
 @EVERY
 def test_small_gradients_do_not_underflow_in_half_precision(impl, device):
-    case = make(64, 4000, dtype=torch.float16, ignored="none")
+    case = make(few(64, impl, device), 4000, dtype=torch.float16, ignored="none")
     case.upstream["logps"] *= 1e-4
     truth = run(case, reference.linear_logprobs, torch.float64)["d_weight"]
     actual = run(case.to(device), prefcore.linear_logprobs, impl=impl)["d_weight"]
@@ -343,7 +356,7 @@ def test_small_gradients_do_not_underflow_in_half_precision(impl, device):
 @pytest.mark.parametrize("schedule", ["retain", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weight_grad_out_accumulates(dtype, schedule, impl, device):
-    case = make(140, 1100, dtype=dtype, extras="bias").to(device)
+    case = make(few(140, impl, device), 1100, dtype=dtype, extras="bias").to(device)
     expected = run(case, prefcore.linear_logprobs, impl=impl, schedule=schedule)["d_weight"].float()
     start = torch.randn(1100, 8, device=device)
     buffer = start.clone()
@@ -363,13 +376,13 @@ def test_weight_grad_out_accumulates(dtype, schedule, impl, device):
 
 @EVERY
 def test_inputs_of_any_layout(impl, device):
-    case = make(60, 500, ignored="some").to(device)
+    case = make(20, 500, ignored="some").to(device)
     plain = run(case, prefcore.linear_logprobs, impl=impl)
-    padded = torch.full((120, 16), torch.nan, device=device)
+    padded = torch.full((40, 16), torch.nan, device=device)
     padded[::2, 4:12] = case.hidden
     wide = torch.empty(500, 20, device=device)
     wide[:, 6:14] = case.weight
-    targets = torch.zeros(181, dtype=torch.int64, device=device)
+    targets = torch.zeros(61, dtype=torch.int64, device=device)
     targets[1::3] = case.targets
     hidden, weight = padded[::2, 4:12].requires_grad_(), wide[:, 6:14].requires_grad_()
     stats = prefcore.linear_logprobs(hidden, weight, targets[1::3], impl=impl)
@@ -378,19 +391,19 @@ def test_inputs_of_any_layout(impl, device):
     torch.testing.assert_close(hidden.grad.cpu(), plain["d_hidden"])
     torch.testing.assert_close(weight.grad.cpu(), plain["d_weight"])
     batched = prefcore.linear_logprobs(
-        hidden.view(4, 15, 8) if hidden.is_contiguous() else hidden.reshape(4, 15, 8),
+        hidden.reshape(4, 5, 8),
         weight,
-        targets[1::3].reshape(4, 15),
+        targets[1::3].reshape(4, 5),
         impl=impl,
     )
-    assert batched.logps.shape == (4, 15)
+    assert batched.logps.shape == (4, 5)
     torch.testing.assert_close(batched.logps.flatten(), stats.logps)
 
 
 @EVERY
 @pytest.mark.parametrize(("schedule", "budget", "train_head"), SCHEDULES)
 def test_a_second_backward_gives_the_same(schedule, budget, train_head, impl, device):
-    case = make(301, 1500, outputs=("entropy",), train_head=train_head).to(device)
+    case = make(few(301, impl, device), 1500, outputs=("entropy",), train_head=train_head).to(device)
     hidden = case.hidden.requires_grad_()
     weight = case.weight.requires_grad_(train_head)
     for outputs in ((), ("entropy",)):
@@ -428,7 +441,7 @@ def test_without_grad_every_name_runs_forward(impl, device):
 
 @EVERY
 def test_autocast_casts_as_linear_does(impl, device):
-    case = make(60, 500, extras="bias").to(device)
+    case = make(20, 500, extras="bias").to(device)
     hidden, weight, bias = (x.clone().requires_grad_() for x in (case.hidden, case.weight, case.bias))
     with torch.autocast(device, dtype=torch.bfloat16):
         stats = prefcore.linear_logprobs(hidden, weight, case.targets, bias=bias, impl=impl)
@@ -436,7 +449,7 @@ def test_autocast_casts_as_linear_does(impl, device):
     low = Case(
         *(x.detach().bfloat16() for x in (hidden, weight)), case.targets, bias.detach().bfloat16(), train_head=True
     )
-    low.upstream["logps"] = torch.ones(60, device=device)
+    low.upstream["logps"] = torch.ones(20, device=device)
     plain = run(low, prefcore.linear_logprobs, impl=impl)
     assert stats.logps.dtype == torch.float32
     assert torch.equal(stats.logps.cpu(), plain["logps"])
@@ -466,7 +479,7 @@ def test_a_frozen_head_allocates_nothing_of_its_size(monkeypatch):
 
 @EVERY
 def test_memory_runs_out_while_retaining(impl, device, monkeypatch, caplog):
-    case = make(40, 300).to(device)
+    case = make(few(40, impl, device), 300).to(device)
     expected = run(case, prefcore.linear_logprobs, impl=impl, schedule="recompute")
     original = _walk.retained_like
 
@@ -521,7 +534,7 @@ def test_one_compiled_graph_serves_every_length(schedule, budget, train_head, im
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     graphs = []
-    for T in (7, 40, 301, 302):
+    for T in (7, 40, 301, 302) if impl == "cpu" else (7, 15, 20, 21):
         case = make(T, 1100, train_head=train_head, extras="temperatures")
         results = []
         for function in (step, compiled):
