@@ -29,11 +29,9 @@ SUM = tl.constexpr(4)
 SQUARES = tl.constexpr(5)
 BEFORE = tl.constexpr(6)
 
-# The peak of a lane that has seen nothing: finite (float32's lowest), so no difference of peaks is -inf -
-# -inf.
+# The peak of a lane that has seen nothing: finite (float32's lowest), so no difference of peaks is -inf - -inf.
 FLOOR = tl.constexpr(-3.4028234663852886e38)
-# Differences from a peak are cut here where their exp multiplies them: it is 0 then, and 0 * -inf would be
-# NaN.
+# Differences from a peak are cut here where their exp multiplies them: it is 0 then, and 0 * -inf would be NaN.
 DROP = tl.constexpr(-1e4)
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -208,8 +206,7 @@ def _logits(source, offsets, mask, V: tl.constexpr):
         z = t * outer
         flatness = 1.0 - t * t
     elif V.scaled:
-        # A large x times a rounded 1 / temperature is further off than x / temperature: add what rounding
-        # took.
+        # A large x times a rounded 1 / temperature is further off than x / temperature: add what rounding took.
         z = tl.fma(x, inner, tl.clamp(x, FLOOR, -FLOOR) * rest)
     else:
         z = x

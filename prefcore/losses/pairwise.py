@@ -1,10 +1,9 @@
 """Losses of a preferred and a rejected response, from the log-probs of whole sequences.
 
-Notation: ℓ = logps − ref_logps of a sequence, D = ℓ(chosen) − ℓ(rejected), z = beta·D, σ the logistic
-    function. All
-functions take ``[P]`` sums of log-probs over response tokens, compute in float32 (float64 stays float64),
-detach the reference, and return ``[P]`` losses without reduction. ``beta`` and other coefficients are numbers
-or per-pair tensors ``[P]`` (or 0-d), which are not differentiated.
+Notation: ℓ = logps − ref_logps of a sequence, D = ℓ(chosen) − ℓ(rejected), z = beta·D, σ the logistic function. All
+functions take ``[P]`` sums of log-probs over response tokens, compute in float32 (float64 stays float64), detach the
+reference, and return ``[P]`` losses without reduction. ``beta`` and other coefficients are numbers or per-pair
+tensors ``[P]`` (or 0-d), which are not differentiated.
 """
 
 from __future__ import annotations
