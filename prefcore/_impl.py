@@ -60,9 +60,12 @@ def resolve(impl: Impl, op: str, device: torch.device) -> Impl:
     ``"auto"`` goes by the device's type alone. A named implementation is used or refused, never replaced.
 
     Raises:
+        TypeError: ``impl`` is no string.
         ValueError: a name that the op does not offer, or one that cannot run on ``device``.
         NotImplementedError: the implementation is not in this installation, or nothing serves the device.
     """
+    if not isinstance(impl, str):
+        raise TypeError(f"impl must be a string, got {type(impl).__name__}")
     offered = IMPLEMENTATIONS[op]
     if impl == "auto":
         chosen = offered.get(device.type)

@@ -1,5 +1,8 @@
 import os
 
+# Without it cuBLAS warns in deterministic mode, which the fixture below turns on; read when its library loads.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 

@@ -127,12 +127,15 @@ struct Running {
   S peak, target, before;
   double total, shifted, sum, squares;  // of this many blocks; a float would collect their roundings
 
-  Running(const LogitRows& a, int64_t row) {
+  // A final state may be cut off behind the target; `more` reads what comes after it, where it is kept.
+  Running(const LogitRows& a, int64_t row, bool more) {
     const S* state = static_cast<const S*>(a.state) + row;
     const int64_t stride = a.state_stride;
     peak = state[0], total = state[stride], target = state[2 * stride];
-    shifted = state[3 * stride], sum = state[4 * stride], squares = state[5 * stride];
-    before = state[6 * stride];
+    shifted = more && a.entropy ? state[3 * stride] : 0;
+    sum = more && a.mean ? state[4 * stride] : 0;
+    squares = more && a.squares ? state[5 * stride] : 0;
+    before = more && a.top1 ? state[6 * stride] : -kInfinity<A>;
   }
 
   void save(const LogitRows& a, int64_t row) const {
@@ -267,7 +270,7 @@ template <class T>
 void stats_row(const LogitRows& a, int64_t row, Block<typename T::A>& block) {
   using A = typename T::A;
   const Map<A> map(a, row);
-  Running<A> running(a, row);
+  Running<A> running(a, row, true);
   if (outside(a, row)) running.target = kNaN<A>;
   for (int64_t start = 0; start < a.cols; start += kBlock) {
     const int64_t n = block_size(a, start);
@@ -283,7 +286,7 @@ void weigh_row(const LogitRows& a, int64_t row, Block<typename T::A>& block) {
   using A = typename T::A;
   using S = typename A::Scalar;
   const Map<A> map(a, row);
-  Running<A> running(a, row);
+  Running<A> running(a, row, true);
   if (outside(a, row)) running.target = kNaN<A>;
   // The row comes from memory for its maximum and from the cache for the rest.
   S top = -kInfinity<A>;
@@ -310,7 +313,7 @@ void grad_row(const LogitRows& a, int64_t row, Block<typename T::A>& block) {
   using A = typename T::A;
   using S = typename A::Scalar;
   const Map<A> map(a, row);
-  const Running<A> running(a, row);
+  const Running<A> running(a, row, false);
   const bool wrong = outside(a, row) || running.target != running.target;
   const S factor = wrong ? kNaN<A> : map.factor;
   const S* coef = a.coef ? static_cast<const S*>(a.coef) + row : nullptr;

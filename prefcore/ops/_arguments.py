@@ -30,11 +30,7 @@ def check_logit_options(
     softcap: float | None, logit_scale: float, ignore_index: int, outputs: Sequence[str]
 ) -> frozenset[str]:
     """Refuse options out of their domain; return the names of the wanted outputs."""
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs must be a sequence of names, got the string {outputs!r}")
-    unknown = [name for name in outputs if name not in OUTPUTS]
-    if unknown:
-        raise ValueError(f"outputs may name {OUTPUTS}, got {unknown}")
+    names = check_outputs(outputs)
     if softcap is not None:
         check_number("softcap", softcap, " or None")
         if not 0 < softcap < math.inf:
@@ -44,7 +40,40 @@ def check_logit_options(
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit int64, got {ignore_index}")
+    return names
+
+
+def check_outputs(outputs: Sequence[str]) -> frozenset[str]:
+    """Refuse what does not name outputs; return the names."""
+    if not isinstance(outputs, list | tuple | set | frozenset):
+        raise TypeError(f"outputs must be a sequence of names, got {type(outputs).__name__} {outputs!r}")
+    for name in outputs:
+        check_type("each of outputs", name, str)
+        if name not in OUTPUTS:
+            raise ValueError(f"outputs may name {OUTPUTS}, got {name!r}")
     return frozenset(outputs)
+
+
+def check_logits_dtype(dtype: torch.dtype, logits_dtype: torch.dtype | None) -> None:
+    check_type("logits_dtype", logits_dtype, torch.dtype, optional=True)
+    allowed = {dtype, torch.promote_types(dtype, torch.float32)}
+    if logits_dtype is not None and logits_dtype not in allowed:
+        raise ValueError(f"logits_dtype must be None or one of {sorted(map(str, allowed))}, got {logits_dtype}")
+
+
+def check_float(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise ValueError(f"{name} must be float32, float64, bfloat16 or float16, got {dtype}")
+
+
+def check_memory_budget(memory_budget: int | None) -> None:
+    if isinstance(memory_budget, bool):
+        raise TypeError("memory_budget must be an int, got a bool")
+    check_type("memory_budget", memory_budget, int, optional=True)
+    if memory_budget is not None and memory_budget < 0:
+        raise ValueError(f"memory_budget must not be negative, got {memory_budget}")
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
@@ -73,7 +102,7 @@ def row_temperature(temperature: float | Tensor, targets: Tensor, like: Tensor) 
             f"got {tuple(temperature.shape)} of {temperature.dtype}"
         )
     check_same_device(targets=targets, temperature=temperature)
-    return 1.0, temperature.to(accumulator_dtype(like.dtype)).reshape(-1)
+    return 1.0, temperature.to(accumulator_dtype(like.dtype)).reshape(-1).contiguous()
 
 
 def check_targets(targets: Tensor, vocab: int, ignore_index: int, temperature: Tensor | None) -> None:
@@ -86,8 +115,12 @@ def check_targets(targets: Tensor, vocab: int, ignore_index: int, temperature: T
         raise ValueError(
             f"targets must be in [0, {vocab}) or ignore_index {ignore_index}, got {int(targets[row])} at row {row}"
         )
-    if temperature is not None and not bool((temperature > 0).all()):
-        raise ValueError(f"temperature must be positive, got {float(temperature.min())}")
+    if temperature is None:
+        return
+    cold = ~((temperature > 0) & (temperature < math.inf)) & (targets != ignore_index)
+    if bool(cold.any()):
+        row = int(cold.nonzero()[0, 0])
+        raise ValueError(f"temperature must be positive and finite, got {float(temperature[row])} at row {row}")
 
 
 def stats_settings(

@@ -9,6 +9,14 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from prefcore.ops._arguments import (
+    check_float,
+    check_logits_dtype,
+    check_memory_budget,
+    check_outputs,
+    check_type,
+)
+
 Schedule = Literal["auto", "forward", "frozen", "retain", "recompute"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
@@ -58,8 +66,39 @@ def default_budget(device: torch.device) -> int:
     return total // 16
 
 
-def limits(V: int, itemsize: int, device: torch.device, schedule: str, memory_budget: int | None) -> Limits:
-    """Tile sizes and the number of rows that may be retained, for logits of ``itemsize`` bytes."""
+@functools.cache
+def _cpu_has_bfloat16_units() -> bool:
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+class Types(NamedTuple):
+    """The element types of one call."""
+
+    operand: torch.dtype  #: of the GEMMs' operands, the logits' gradient among them
+    tile: torch.dtype  #: of the logits
+    round_to: torch.dtype | None  #: what the logits are rounded to where the tile is wider
+
+    def kept(self, raw: bool) -> torch.dtype:
+        """Of retained rows: logits where a gradient may need them again, else onehot - p."""
+        return self.tile if raw else self.operand
+
+
+def types(device: torch.device, dtype: torch.dtype, logits_dtype: torch.dtype | None) -> Types:
+    """The input's type throughout, but float32 on a CPU that has no units for a 16-bit type.
+
+    A CPU's 16-bit GEMM cannot write float32 either, so float32 logits of 16-bit inputs are upcast there too.
+    """
+    if device.type != "cpu" or dtype.itemsize >= 4:
+        return Types(dtype, logits_dtype or dtype, None)
+    if dtype == torch.bfloat16 and logits_dtype in (None, dtype) and _cpu_has_bfloat16_units():
+        return Types(dtype, dtype, None)
+    return Types(torch.float32, torch.float32, None if logits_dtype == torch.float32 else dtype)
+
+
+def limits(V: int, kinds: Types, raw: bool, device: torch.device, schedule: str, memory_budget: int | None) -> Limits:
+    """Tile sizes, and the number of rows that may be retained."""
+    itemsize = max(kinds.kept(raw).itemsize, kinds.tile.itemsize)
     budget = default_budget(device) if memory_budget is None else memory_budget
     tile_bytes = budget // 8
     target = _COLS.get(device.type, _COLS["cuda"])
@@ -74,10 +113,29 @@ def limits(V: int, itemsize: int, device: torch.device, schedule: str, memory_bu
     if schedule == "retain" and memory_budget is None:
         retained = _UNBOUNDED
     elif schedule in ("auto", "retain"):
-        retained = max(0, budget - tile_bytes) // (V * itemsize) // _MIN_ROWS * _MIN_ROWS
+        # An eighth, or the smallest tile, is for the rows that do not fit.
+        retained = max(0, budget - max(tile_bytes, rows * cols * itemsize)) // (V * itemsize)
     else:
         retained = 0
     return Limits(rows, cols, retained)
+
+
+def check_schedule(schedule: str) -> None:
+    check_type("schedule", schedule, str)
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
+
+
+def _device(device: torch.device | str, memory_budget: int | None) -> torch.device:
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must name a device, got {device!r}") from error
+    if device.type not in _COLS:
+        raise ValueError(f"device must be a CPU or a CUDA device, got {str(device)!r}")
+    if device.type == "cuda" and memory_budget is None and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is there to take the default memory_budget from; give one")
+    return device
 
 
 def choose(schedule: str, hidden_grad: bool, weight_grad: bool) -> str:
@@ -134,20 +192,26 @@ def plan(
         A :class:`Plan`.
 
     Raises:
-        ValueError: a negative size or budget, an unknown schedule, or one that these flags rule out.
+        TypeError: an argument of the wrong Python type.
+        ValueError: a size, budget or dtype out of range, an unknown output or schedule, a schedule that these flags
+            rule out, or a device that is not there while ``memory_budget`` is not given.
     """
-    if min(T, D, V) < 0 or V == 0 or D == 0:
+    for name, size in (("T", T), ("D", D), ("V", V)):
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+    if T < 0 or D < 1 or V < 1:
         raise ValueError(f"expected T >= 0, D >= 1 and V >= 1, got T={T}, D={D}, V={V}")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
-    if memory_budget is not None and memory_budget < 0:
-        raise ValueError(f"memory_budget must not be negative, got {memory_budget}")
-    device = torch.device(device)
+    check_type("dtype", dtype, torch.dtype)
+    check_float("dtype", dtype)
+    check_logits_dtype(dtype, logits_dtype)
+    check_memory_budget(memory_budget)
+    check_schedule(schedule)
+    names = check_outputs(outputs)
+    device = _device(device, memory_budget)
     chosen = choose(schedule, hidden_requires_grad, weight_requires_grad)
-    operand, tile_dtype, _ = types(device, dtype, logits_dtype)
-    raw = bool({"entropy", "logsumexp"} & set(outputs))
-    kept_size = (tile_dtype if raw else operand).itemsize
-    bounds = limits(V, max(kept_size, tile_dtype.itemsize), device, chosen, memory_budget)
+    kinds = types(device, dtype, logits_dtype)
+    raw = bool({"entropy", "logsumexp"} & names)
+    bounds = limits(V, kinds, raw, device, chosen, memory_budget)
     retained = min(T, bounds.retained_rows) if chosen in ("auto", "retain") else 0
     rows, cols = min(T, bounds.tile_rows), bounds.tile_cols
     walked = T - retained
@@ -155,7 +219,7 @@ def plan(
 
     unit = 2 * T * D * V
     grads = hidden_requires_grad + weight_requires_grad
-    size, tile_size = operand.itemsize, tile_dtype.itemsize
+    size, tile_size, kept_size = kinds.operand.itemsize, kinds.tile.itemsize, kinds.kept(raw).itemsize
     gemm = (T * D * slices + V * D) * size + T * V * tile_size
     tile_pass = T * V * tile_size
     accumulator = T * D * max(4, size)
@@ -180,35 +244,9 @@ def plan(
         if schedule == name:
             reason = f"schedule={name!r} was asked for"
         elif name == "retain":
-            reason = f"the logits of all {T} rows fit the budget of {budget:,} bytes"
+            reason = f"the logits of all {T} rows fit 7/8 of the budget of {budget:,} bytes"
         elif name == "recompute":
-            reason = f"the budget of {budget:,} bytes holds the logits of fewer than {_MIN_ROWS} rows"
+            reason = f"7/8 of the budget of {budget:,} bytes hold the logits of no row"
         else:
-            reason = f"the logits of {retained} of {T} rows fit the budget of {budget:,} bytes; the rest is recomputed"
+            reason = f"{retained} of {T} rows' logits fit 7/8 of the budget of {budget:,} bytes; the rest is recomputed"
     return Plan(name, Tiles(rows, cols, retained), flops, traffic, peak, reason)
-
-
-@functools.cache
-def _cpu_has_bfloat16_units() -> bool:
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
-
-
-class Types(NamedTuple):
-    """The element types of one call."""
-
-    operand: torch.dtype  #: of the GEMMs' operands, the logits' gradient among them
-    tile: torch.dtype  #: of the logits
-    round_to: torch.dtype | None  #: what the logits are rounded to where the tile is wider
-
-
-def types(device: torch.device, dtype: torch.dtype, logits_dtype: torch.dtype | None) -> Types:
-    """The input's type throughout, but float32 on a CPU that has no units for a 16-bit type.
-
-    A CPU's 16-bit GEMM cannot write float32 either, so float32 logits of 16-bit inputs are upcast there too.
-    """
-    if device.type != "cpu" or dtype.itemsize >= 4:
-        return Types(dtype, logits_dtype or dtype, None)
-    if dtype == torch.bfloat16 and logits_dtype in (None, dtype) and _cpu_has_bfloat16_units():
-        return Types(dtype, dtype, None)
-    return Types(torch.float32, torch.float32, None if logits_dtype == torch.float32 else dtype)

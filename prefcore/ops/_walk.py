@@ -68,7 +68,7 @@ class _Operands:
             keep = (targets != settings.ignore_index).nonzero()[:, 0]
             if keep.shape[0] < targets.shape[0]:
                 self.keep = keep
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias = weight, None if bias is None else bias.contiguous()
         self.hidden = self.pick(hidden).to(self.types.operand)
         self.targets = self.pick(targets)
         self.temperature = None if temperature is None else self.pick(temperature)
@@ -107,15 +107,14 @@ def _spans(start: int, stop: int, step: int) -> Iterator[slice]:
 
 def limits(hidden: Tensor, weight: Tensor, settings: HeadSettings) -> _plan.Limits:
     """Tile sizes of a call, the same for its forward, its backward and the shapes that tracing predicts."""
-    types = _plan.types(hidden.device, hidden.dtype, settings.logits_dtype)
-    kept = max((types.tile if settings.raw else types.operand).itemsize, types.tile.itemsize)
-    return _plan.limits(weight.shape[0], kept, hidden.device, settings.schedule, settings.memory_budget)
+    kinds = _plan.types(hidden.device, hidden.dtype, settings.logits_dtype)
+    return _plan.limits(weight.shape[0], kinds, settings.raw, hidden.device, settings.schedule, settings.memory_budget)
 
 
 def retained_like(hidden: Tensor, weight: Tensor, settings: HeadSettings, rows: int | torch.SymInt) -> Tensor:
     """The buffer for the retained logits of ``rows`` rows."""
-    types = _plan.types(hidden.device, hidden.dtype, settings.logits_dtype)
-    return hidden.new_empty((rows, weight.shape[0]), dtype=types.tile if settings.raw else types.operand)
+    kinds = _plan.types(hidden.device, hidden.dtype, settings.logits_dtype)
+    return hidden.new_empty((rows, weight.shape[0]), dtype=kinds.kept(settings.raw))
 
 
 def forward(
@@ -339,11 +338,8 @@ class _BackwardWalk:
                     d_weight.add(rows, cols, tile)
                 if needs.bias:
                     addmm(d_bias[None, cols], self.scale[None, rows].to(tile.dtype), tile)
-        return (
-            self._restore(d_hidden, hidden) if needs.hidden else d_hidden,
-            d_weight.result,
-            d_bias.to(weight.dtype),
-        )
+        d_hidden = self._restore(d_hidden, hidden) if needs.hidden else d_hidden.to(hidden.dtype)
+        return d_hidden, d_weight.result, d_bias.to(head.weight.dtype)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.head.accumulate, device=self.state.device)

@@ -14,8 +14,10 @@ from prefcore._impl import Impl, resolve
 from prefcore._types import TokenStats
 from prefcore.ops import _plan, _walk
 from prefcore.ops._arguments import (
-    FLOATS,
+    check_float,
     check_logit_options,
+    check_logits_dtype,
+    check_memory_budget,
     check_same_device,
     check_target_dtype,
     check_targets,
@@ -25,7 +27,7 @@ from prefcore.ops._arguments import (
     token_stats,
 )
 from prefcore.ops._backends import BACKENDS
-from prefcore.ops._plan import SCHEDULES, Schedule
+from prefcore.ops._plan import Schedule
 from prefcore.ops._register import register
 from prefcore.ops._stats import Stats, accumulator_dtype, stats_like
 from prefcore.ops._walk import HeadSettings, Needs, Saved
@@ -227,7 +229,8 @@ def linear_logprobs(
     """Statistics of the next-token distributions softmax(z), z = softcap(logit_scale·(h·Wᵀ + b))/temperature.
 
     Equal to ``prefcore.logprobs(linear(hidden, weight, bias), targets, …)`` without the ``[T, V]`` logits:
-    they exist as tiles, or, in the schedule ``retain``, once and in the type of the inputs. ``T`` is the number of
+    they exist as tiles, or, in the schedule ``retain``, once, in the type of the inputs (float32 for 16-bit inputs on a
+    CPU that has no units for their type). ``T`` is the number of
     rows, that is of elements of ``targets``.
 
     Args:
@@ -275,8 +278,9 @@ def linear_logprobs(
         >>> stats.logps.sum().backward()
     """
     names = check_logit_options(softcap, logit_scale, ignore_index, outputs)
-    _check_tensors(hidden, weight, targets, bias, logits_dtype)
+    _check_tensors(hidden, weight, targets, bias)
     _check_options(schedule, memory_budget, drop_zero_rows, process_group)
+    run = resolve(impl, "linear_logprobs", hidden.device)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_dtypes(hidden, weight, bias, logits_dtype)
     _check_weight_grad_out(weight_grad_out, weight)
@@ -284,7 +288,6 @@ def linear_logprobs(
     grad = torch.is_grad_enabled()
     bias_grad = bias is not None and bias.requires_grad
     chosen = _plan.choose(schedule, grad and hidden.requires_grad, grad and (weight.requires_grad or bias_grad))
-    run = resolve(impl, "linear_logprobs", hidden.device)
     if run == "reference":
         if schedule != "auto" or memory_budget is not None or weight_grad_out is not None or drop_zero_rows:
             raise NotImplementedError(
@@ -312,21 +315,19 @@ def linear_logprobs(
         # A compiled graph has fixed the shape of what is retained.
         replan=not torch.compiler.is_compiling(),
     )
-    inputs = hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, per_row
-    *values, state = _LinearLogprobs.apply(*inputs, weight_grad_out, drop_zero_rows, run, settings)
+    inputs = hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1).contiguous(), bias, per_row
+    *stats, state = _LinearLogprobs.apply(*inputs, weight_grad_out, drop_zero_rows, run, settings)
+    values = list(stats)
     if chosen == "frozen" and settings.entropy:
         values[1] = _FrozenEntropy.apply(*inputs, values[1], state, drop_zero_rows, run, settings)
     return token_stats(values, names, targets.shape)
 
 
-def _check_tensors(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None
-) -> None:
+def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     check_type("hidden", hidden, Tensor)
     check_type("weight", weight, Tensor)
     check_type("targets", targets, Tensor)
     check_type("bias", bias, Tensor, optional=True)
-    check_type("logits_dtype", logits_dtype, torch.dtype, optional=True)
     if hidden.ndim < 1 or targets.shape != hidden.shape[:-1]:
         raise ValueError(
             f"expected hidden [..., D] and targets [...], got {tuple(hidden.shape)} and {tuple(targets.shape)}"
@@ -342,35 +343,29 @@ def _check_tensors(
 def _check_options(schedule: str, memory_budget: int | None, drop_zero_rows: bool, process_group: Any) -> None:
     if process_group is not None:
         raise NotImplementedError("process_group: a head sharded over its vocabulary is not built yet; pass None")
-    check_type("schedule", schedule, str)
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
+    _plan.check_schedule(schedule)
     check_type("drop_zero_rows", drop_zero_rows, bool)
-    if isinstance(memory_budget, bool):
-        raise TypeError("memory_budget must be an int, got a bool")
-    check_type("memory_budget", memory_budget, int, optional=True)
-    if memory_budget is not None and memory_budget < 0:
-        raise ValueError(f"memory_budget must not be negative, got {memory_budget}")
+    check_memory_budget(memory_budget)
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast as ``torch.nn.functional.linear`` does under autocast: everything but float64."""
     kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
+    if not torch.is_autocast_enabled(kind) or torch.float64 in (hidden.dtype, weight.dtype):
         return hidden, weight, bias
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_float(name, tensor.dtype)
     dtype = torch.get_autocast_dtype(kind)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None) -> None:
-    if hidden.dtype not in FLOATS:
-        raise ValueError(f"hidden must be float32, float64, bfloat16 or float16, got {hidden.dtype}")
+    check_float("hidden", hidden.dtype)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
-    allowed = {hidden.dtype, torch.promote_types(hidden.dtype, torch.float32)}
-    if logits_dtype is not None and logits_dtype not in allowed:
-        raise ValueError(f"logits_dtype must be None or one of {sorted(map(str, allowed))}, got {logits_dtype}")
+    check_logits_dtype(hidden.dtype, logits_dtype)
 
 
 def _check_weight_grad_out(out: Tensor | None, weight: Tensor) -> None:
@@ -381,9 +376,12 @@ def _check_weight_grad_out(out: Tensor | None, weight: Tensor) -> None:
         raise ValueError("weight_grad_out takes the weight's gradient, but the weight does not require one")
     if out.requires_grad:
         raise ValueError("weight_grad_out is a buffer that is written in place: it must not require a gradient")
-    if out.shape != weight.shape or out.stride(1) != 1 or out.device != weight.device:
+    if out.data_ptr() == weight.data_ptr():
+        raise ValueError("weight_grad_out must not be the weight itself")
+    D = weight.shape[1]
+    if out.shape != weight.shape or out.stride(1) != 1 or out.stride(0) < D or out.device != weight.device:
         raise ValueError(
-            f"expected weight_grad_out {tuple(weight.shape)} on {weight.device} with unit stride in D, "
+            f"expected weight_grad_out {tuple(weight.shape)} on {weight.device} with rows of unit stride apart, "
             f"got {tuple(out.shape)} on {out.device} with strides {out.stride()}"
         )
     if out.dtype not in (weight.dtype, torch.promote_types(weight.dtype, torch.float32)):

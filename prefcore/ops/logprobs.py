@@ -13,7 +13,7 @@ from prefcore import reference
 from prefcore._impl import Impl, resolve
 from prefcore._types import TokenStats
 from prefcore.ops._arguments import (
-    FLOATS,
+    check_float,
     check_logit_options,
     check_same_device,
     check_target_dtype,
@@ -253,8 +253,7 @@ def logprobs(
             f"expected logits [..., V] with V >= 1 and targets [...], got {tuple(logits.shape)} and "
             f"{tuple(targets.shape)}"
         )
-    if logits.dtype not in FLOATS:
-        raise ValueError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
+    check_float("logits", logits.dtype)
     check_same_device(logits=logits, targets=targets)
     check_target_dtype(targets)
     number, per_row = row_temperature(temperature, targets, logits)
@@ -277,7 +276,7 @@ def logprobs(
     elif logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     settings = StatsSettings(**stats_settings(number, softcap, logit_scale, ignore_index, names))
-    values = _Logprobs.apply(logits, targets.reshape(-1), per_row, inplace, run, settings)
+    values = _Logprobs.apply(logits, targets.reshape(-1).contiguous(), per_row, inplace, run, settings)
     return token_stats(values, names, targets.shape)
 
 

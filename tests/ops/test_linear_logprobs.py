@@ -401,6 +401,24 @@ def test_inputs_of_any_layout(impl, device):
 
 
 @EVERY
+def test_strided_targets_temperatures_and_bias(impl, device):
+    case = make(20, 300, ignored="none", extras="bias temperatures", train_head=False).to(device)
+    plain = run(case, prefcore.linear_logprobs, impl=impl)
+
+    def strided(x):
+        wide = x.new_zeros(2 * x.shape[0])
+        wide[::2] = x
+        return wide[::2]
+
+    case.targets, case.options["temperature"] = strided(case.targets), strided(case.options["temperature"])
+    bias = strided(case.bias)
+    stats = prefcore.linear_logprobs(
+        case.hidden, case.weight, case.targets, bias=bias, temperature=case.options["temperature"], impl=impl
+    )
+    assert torch.equal(stats.logps.cpu(), plain["logps"])
+
+
+@EVERY
 @pytest.mark.parametrize(("schedule", "budget", "train_head"), SCHEDULES)
 def test_a_second_backward_gives_the_same(schedule, budget, train_head, impl, device):
     case = make(few(301, impl, device), 1500, outputs=("entropy",), train_head=train_head).to(device)
@@ -512,6 +530,13 @@ def test_operators_are_registered_soundly(schedule, outputs, impl):
     stats = OPERATORS[impl].forward(*inputs, *scalars)
     grads = [torch.randn(6), torch.randn(6) if outputs else None, None]
     train = schedule != "frozen"
+    low = tuple(
+        None if x is None else x.bfloat16() if x.is_floating_point() and x is not per_row else x for x in inputs
+    )
+    if train:
+        saved = OPERATORS[impl].forward(*low, *scalars)
+        needs = (False, True, True, False, None)
+        torch.library.opcheck(OPERATORS[impl].backward, (*grads, *low, saved[1], *saved[6:], *needs, *scalars))
     for out in (None, torch.zeros(50, 8) if train else None):
         arguments = (*grads, *inputs, stats[1], *stats[6:], True, train, train, False, out, *scalars)
         torch.library.opcheck(OPERATORS[impl].backward, arguments)
@@ -675,6 +700,16 @@ def good() -> dict[str, Any]:
         ({"ignore_index": 1.0}, TypeError, "ignore_index"),
         ({"outputs": "entropy"}, TypeError, "sequence of names"),
         ({"outputs": ("perplexity",)}, ValueError, "perplexity"),
+        ({"outputs": (name for name in ("entropy",))}, TypeError, "generator"),
+        ({"outputs": [5]}, TypeError, "each of outputs"),
+        ({"ignore_index": 2**70}, ValueError, "int64"),
+        ({"temperature": torch.tensor([1.0, torch.inf, 1.0, 1.0])}, ValueError, "inf at row 1"),
+        (
+            {name: torch.randn(*shape, device="meta") for name, shape in (("hidden", (4, 8)), ("weight", (10, 8)))}
+            | {"targets": torch.zeros(4, dtype=torch.int64, device="meta")},
+            NotImplementedError,
+            "meta tensors",
+        ),
         ({"schedule": "loop"}, ValueError, "schedule must be one of"),
         ({"schedule": None}, TypeError, "schedule"),
         ({"memory_budget": -1}, ValueError, "memory_budget"),
@@ -700,6 +735,7 @@ def test_refusals(change, error, match):
         (torch.zeros(9, 8), "expected weight_grad_out"),
         (torch.zeros(8, 10).t(), "unit stride"),
         (torch.zeros(10, 8).half(), "float32"),
+        (torch.zeros(1, 8).expand(10, 8), "rows of unit stride apart"),
         (torch.zeros(10, 8, requires_grad=True), "must not require"),
     ],
 )
@@ -708,6 +744,44 @@ def test_refused_buffers(buffer, match):
     arguments["weight"].requires_grad_()
     with pytest.raises(ValueError, match=match):
         prefcore.linear_logprobs(**arguments, weight_grad_out=buffer)
+
+
+def test_the_weight_is_no_buffer_for_its_own_gradient():
+    arguments = good()
+    weight = arguments["weight"].requires_grad_()
+    with pytest.raises(ValueError, match="the weight itself"):
+        prefcore.linear_logprobs(**arguments, weight_grad_out=weight.detach())
+
+
+def test_an_ignored_row_may_have_any_temperature():
+    arguments = good()
+    arguments["temperature"] = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    assert torch.isfinite(prefcore.linear_logprobs(**arguments).logps).all()
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_autocast_casts_floats_only(name):
+    arguments = good()
+    arguments[name] = arguments[name].long()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match=f"{name} must be float32"):
+        prefcore.linear_logprobs(**arguments)
+    arguments = good() | {"weight": torch.randn(10, 8).double()}
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="weight must have the dtype"):
+        prefcore.linear_logprobs(**arguments)
+
+
+def test_a_sharded_weight_is_refused(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.tensor import distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        arguments = good() | {"weight": distribute_tensor(torch.randn(10, 8), mesh)}
+        with pytest.raises(NotImplementedError, match="DTensor"):
+            prefcore.linear_logprobs(**arguments)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
