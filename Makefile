@@ -40,8 +40,10 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-bench,trl
 	$(BIN)/pytest bench $(ARGS)
+	$(BIN)/python -m bench.table
 
-# GPU_PYTHON=python3 takes an interpreter whose torch sees the GPU already, and installs nothing into it but prefcore.
+# GPU_PYTHON=python3 takes an interpreter whose torch sees the GPU already, and installs nothing into it but prefcore:
+# pytest and hypothesis must be there, and trl for its rows of the table.
 ifdef GPU_PYTHON
 gpu: gpu-install
 else
@@ -51,7 +53,7 @@ endif
 gpu:
 	$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"torch {torch.__version__} sees no GPU")'
 	$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
-	$(GPU_PYTHON) -m pytest bench $(ARGS)
+	$(GPU_PYTHON) -m bench.table --device cuda --dtype bfloat16 --T 4096 --D 4096 --V 128256
 
 gpu-install:
 	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
