@@ -118,9 +118,9 @@ def base_model(model: Any) -> Any:
     return model
 
 
-def final_hidden(head: Head, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Tensor:
+def final_hidden(head: Head, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Run the backbone: the hidden states ``[B, L, D]`` that the head would see."""
-    out = head.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+    out = head.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return out.last_hidden_state
 
 

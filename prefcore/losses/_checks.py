@@ -44,6 +44,8 @@ def coefficient(
     """
     domain = f"{'[' if low_allowed else '('}{low}, {high})"
     if isinstance(value, Tensor):
+        if value.dtype == torch.bool or value.is_complex():
+            raise ValueError(f"{name} must have a real dtype, got {value.dtype}")
         if value.dim() != 0:
             _check_like(name, value, like)
         elif value.device != like.device:
@@ -64,6 +66,10 @@ def token_counts(name: str, value: Tensor, like: Tensor) -> Tensor:
     """``[P]`` numbers of tokens as divisors in ``like``'s dtype: at least 1, an empty response sums to 0."""
     check_tensor(name, value)
     _check_like(name, value, like)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name} must have an integer dtype, got {value.dtype}")
+    if not torch.compiler.is_compiling() and check_values(value.device) and bool((value < 0).any()):
+        raise ValueError(f"{name} must not be negative, got {value.min().item()}")
     return value.detach().clamp(min=1).to(like.dtype)
 
 

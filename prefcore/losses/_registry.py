@@ -71,8 +71,11 @@ def get(name: str) -> Method:
     """The method of that name or alias.
 
     Raises:
+        TypeError: ``name`` is no string.
         ValueError: no such method.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"loss must be a str, got {type(name).__name__}")
     try:
         return _METHODS[name]
     except KeyError:

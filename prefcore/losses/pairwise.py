@@ -109,8 +109,7 @@ def ipo(
     """Identity preference optimization: (h − 1/(2·beta))², where h is D, or the difference of ℓ per token.
 
     Gradient: ∂L/∂h = 2·(h − 1/(2·beta)), zero at h = 1/(2·beta). The two forms of h differ in scale by the
-        length of a
-    response, and so do their useful betas.
+        length of a response, and so do their useful betas.
 
     Args:
         chosen_logps, rejected_logps: ``[P]`` log-probs of the responses under the policy.
@@ -118,21 +117,23 @@ def ipo(
         beta: the paper's τ, positive.
         length_normalize: False for the paper's formula, h = D; True for TRL's ``ipo``, where each ℓ is
             divided by its response's number of tokens.
-        chosen_lengths, rejected_lengths: ``[P]`` these numbers, where ``length_normalize`` is set; at least 1
-            is taken.
+        chosen_lengths, rejected_lengths: ``[P]`` these numbers, integers of at least 0, where
+            ``length_normalize`` is set; 0 divides by 1.
 
     Returns:
         ``[P]`` losses.
 
     Raises:
         TypeError: an argument of a wrong Python type.
-        ValueError: shapes or devices that differ, a beta that is not positive, lengths without
-            ``length_normalize`` or the other way round.
+        ValueError: shapes or devices that differ, a beta that is not positive, lengths that are no such
+            integers, lengths without ``length_normalize`` or the other way round.
 
     Source: "A General Theoretical Paradigm to Understand Learning from Human Preferences" (2023).
     """
     chosen, rejected = _checks.log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     beta = _checks.coefficient("beta", beta, chosen, low=0.0, high=float("inf"))
+    if not isinstance(length_normalize, bool):
+        raise TypeError(f"length_normalize must be True or False, got {type(length_normalize).__name__}")
     for name, lengths in (("chosen_lengths", chosen_lengths), ("rejected_lengths", rejected_lengths)):
         if (lengths is None) == length_normalize:
             verb = "needs" if length_normalize else "does not use"

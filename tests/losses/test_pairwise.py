@@ -228,6 +228,9 @@ REFUSALS = [
     (ValueError, r"beta must have shape \[4\] as chosen_logps, got \[2\]", {}, {"beta": torch.ones(2)}),
     (ValueError, "beta must be on device cpu", {}, {"beta": torch.ones((), device="meta")}),
     (TypeError, "beta must be a number or a torch.Tensor, got str", {}, {"beta": "0.1"}),
+    (TypeError, "beta must be a number or a torch.Tensor, got complex", {}, {"beta": 1 + 0j}),
+    (ValueError, "beta must have a real dtype, got torch.bool", {}, {"beta": torch.ones(4, dtype=torch.bool)}),
+    (ValueError, "beta must have a real dtype, got torch.complex64", {}, {"beta": torch.ones((), dtype=torch.cfloat)}),
 ]
 
 
@@ -246,10 +249,35 @@ def test_cdpo_refuses_smoothing_outside_its_domain(eps):
 
 
 def test_ipo_refuses_lengths_without_their_use_and_the_other_way_round():
-    logps, lengths = draw(4), torch.ones(4)
+    logps, lengths = draw(4), torch.ones(4).long()
     with pytest.raises(ValueError, match="length_normalize=False does not use rejected_lengths"):
         call("ipo", *logps, rejected_lengths=lengths)
     with pytest.raises(ValueError, match="length_normalize=True needs rejected_lengths"):
         call("ipo", *logps, length_normalize=True, chosen_lengths=lengths)
     with pytest.raises(ValueError, match=r"chosen_lengths must have shape \[4\]"):
         call("ipo", *logps, length_normalize=True, chosen_lengths=lengths[:2], rejected_lengths=lengths)
+
+
+@pytest.mark.parametrize("switch", ["yes", "no", 1, None, torch.tensor(True)], ids=str)
+def test_ipos_switch_is_a_bool(switch):
+    lengths = torch.ones(4).long()
+    with pytest.raises(TypeError, match="length_normalize must be True or False, got"):
+        call("ipo", *draw(4), length_normalize=switch, chosen_lengths=lengths, rejected_lengths=lengths)
+    with pytest.raises(TypeError, match="length_normalize must be True or False, got"):
+        call("ipo", *draw(4), length_normalize=switch)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "text"),
+    [
+        (torch.ones(4), "must have an integer dtype, got torch.float32"),
+        (torch.ones(4, dtype=torch.bool), "must have an integer dtype, got torch.bool"),
+        (torch.ones(4, dtype=torch.cfloat), "must have an integer dtype, got torch.complex64"),
+        (torch.tensor([1, 2, -3, 4]), "must not be negative, got -3"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_ipo_refuses_lengths_that_are_no_counts(lengths, text):
+    good = torch.ones(4).long()
+    with pytest.raises(ValueError, match=f"rejected_lengths {text}"):
+        call("ipo", *draw(4), length_normalize=True, chosen_lengths=good, rejected_lengths=lengths)

@@ -27,6 +27,8 @@ def test_entries_tell_what_a_trainer_must_know(name):
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"loss must be one of \('cdpo', 'dpo', 'ipo'\).* got 'dpoo'"):
         losses.get("dpoo")
+    with pytest.raises(TypeError, match="loss must be a str, got int"):
+        losses.get(5)
 
 
 def test_a_taken_name_or_an_unknown_need_is_refused_and_leaves_no_trace(monkeypatch):
