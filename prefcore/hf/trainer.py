@@ -46,15 +46,16 @@ class PreferenceTrainer(Trainer):
         processing_class: the tokenizer, saved beside the model; its padding token fills batches.
         loss: a name in the registry of :mod:`prefcore.losses`.
         beta: strength of the tie to the reference; the scale of the logged rewards.
-        loss_args: further arguments of the loss.
+        loss_args: further arguments of the loss; a ``beta`` among them replaces ``beta``, in the rewards too.
         ref_model: the reference; it is frozen and moved to the device.
         precompute_reference: see above.
         disable_dropout: set every dropout of the model to zero, so that policy and reference are comparable.
         **kwargs: Trainer's other arguments (``callbacks``, ``optimizers``, ...).
 
     Raises:
-        TypeError: a dataset that is no ``PairDataset``, or arguments the loss does not know.
-        ValueError: a loss that is not registered, or a reference for a loss without one.
+        TypeError: a dataset that is no ``PairDataset``, a switch that is no bool, or arguments the loss does not
+            know.
+        ValueError: a loss that is not registered, a reference for a loss without one, or a dataset without pairs.
         NotImplementedError: FSDP, ZeRO-3 and torch_compile, and what ``find_head`` refuses.
     """
 
@@ -74,8 +75,11 @@ class PreferenceTrainer(Trainer):
         disable_dropout: bool = True,
         **kwargs: Any,
     ) -> None:
+        for name, value in (("precompute_reference", precompute_reference), ("disable_dropout", disable_dropout)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
         self._method, self._loss_args = loss_settings(loss, beta, loss_args)
-        self._beta = beta
+        self._beta = self._loss_args.get("beta", beta)
         self._needs_reference = "reference" in self._method.needs
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if kwargs.get(name) is not None:
@@ -90,6 +94,8 @@ class PreferenceTrainer(Trainer):
                     f"expected a prefcore.data.PairDataset, got {type(dataset).__name__}; "
                     "see prefcore.data.tokenize_pairs"
                 )
+            if dataset is not None and not len(dataset):
+                raise ValueError("a dataset holds no pair")
         if args is not None and args.torch_compile:
             raise NotImplementedError("torch_compile=True; compile the layers instead, before: model.model.compile()")
         if args is not None and args.label_smoothing_factor:
@@ -106,16 +112,15 @@ class PreferenceTrainer(Trainer):
             find_head(self._ref_model)
             self._ref_model.requires_grad_(False).eval()
         pad = getattr(processing_class, "pad_token_id", None)
-        kwargs.setdefault("data_collator", PairCollator(0 if pad is None else pad))
-        super().__init__(
-            model, args, kwargs.pop("data_collator"), train_dataset, eval_dataset, processing_class, **kwargs
-        )
+        collator = kwargs.pop("data_collator", None) or PairCollator(0 if pad is None else pad)
+        super().__init__(model, args, collator, train_dataset, eval_dataset, processing_class, **kwargs)
         if self.is_fsdp_enabled or (self.is_deepspeed_enabled and _zero_stage(self.accelerator) == 3):
             raise NotImplementedError(
                 "FSDP and ZeRO-3 shard the head, which prefcore does not yet; use DDP or ZeRO-1/2"
             )
         # One process with several GPUs would be nn.DataParallel, which cannot split these batches.
         self.args._n_gpu = min(self.args.n_gpu, 1)
+        self._train_batch_size = self.args.train_batch_size
         # The loss is divided by the step's pairs here: Trainer must not divide it by its micro-batches.
         self.model_accepts_loss_kwargs = True
         self._totals: dict[str, tuple[list[str], Tensor]] = {}
@@ -226,7 +231,7 @@ class PreferenceTrainer(Trainer):
         if _REFERENCE[0] in inputs:
             return [inputs[name] for name in _REFERENCE]
         if self._ref_model is None and not hasattr(self.model, "disable_adapter"):
-            raise ValueError("this dataset has no reference log-probs, and the reference is gone; see with_reference")
+            raise RuntimeError("this dataset has no reference log-probs, and the reference is gone; see with_reference")
         return list(self._reference_logps(inputs).chunk(2))
 
     def _with_reference(self, dataset: Any, name: str) -> Any:
@@ -312,10 +317,12 @@ def _zero_stage(accelerator: Any) -> int:
 def _disable_dropout(model: nn.Module) -> None:
     module: Any
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        # Many models pass a probability of their own to functional.dropout, or to the attention function.
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
 
 
 def loss_settings(

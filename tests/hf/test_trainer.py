@@ -269,6 +269,50 @@ def test_dropout_is_off_unless_wanted(tmp_path):
         assert (trainer.state.log_history[0]["rewards/margins"] != 0) == wanted
 
 
+@pytest.mark.parametrize("kind", ["opt", "gpt2"])
+def test_no_dropout_is_left_in_training_mode(tmp_path, kind):
+    if kind == "opt":
+        config = transformers.OPTConfig(
+            vocab_size=61,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            attention_dropout=0.3,
+            dropout=0.3,
+            layerdrop=0.5,
+        )
+    else:
+        config = transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    ids = torch.arange(3, 19)[None]
+    assert not torch.equal(model.train()(ids).logits, model(ids).logits)
+    PreferenceTrainer(model, arguments(tmp_path), make_pairs(4))
+    assert torch.equal(model.train()(ids).logits, model(ids).logits)
+
+
+def test_several_gpus_in_one_process_do_not_enlarge_the_batch(tmp_path):
+    args = arguments(tmp_path)
+    assert args.n_gpu < 2
+    args._n_gpu = 2
+    trainer = PreferenceTrainer(make_model(), args, make_pairs(16))
+    assert trainer.args.n_gpu == 1
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert len(batch["cu_seqlens"]) - 1 == 2 * 4
+    assert trainer.get_total_train_batch_size(trainer.args) == 4
+
+
+def test_rewards_have_the_beta_of_the_loss(tmp_path):
+    pairs, reference, model = make_pairs(4), make_model(1), make_model()
+    trainer, _ = run(tmp_path, model, pairs, ref_model=reference, loss_args={"beta": 5.0})
+    loss, metrics = dpo_by_hand(model, reference, pairs, beta=5.0)
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert logged["rewards/margins"] == pytest.approx(metrics["rewards/margins"], rel=1e-4)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("loss", "loss_args"),
@@ -340,8 +384,17 @@ def test_bad_arguments_are_refused(tmp_path):
         PreferenceTrainer(model, args, pairs, ref_model=model)
     with pytest.raises(TypeError, match="tokenize_pairs"):
         PreferenceTrainer(model, args, [{"prompt": "a"}])
+    with pytest.raises(TypeError, match="length_normalize must be True or False, got str"):
+        PreferenceTrainer(model, args, pairs, loss="ipo", loss_args={"length_normalize": "no"})
+    for switch in ("precompute_reference", "disable_dropout"):
+        with pytest.raises(TypeError, match=f"{switch} must be True or False, got str"):
+            PreferenceTrainer(model, args, pairs, **{switch: "no"})
+    for datasets in ((PairDataset(()),), (pairs, {"held out": PairDataset(())})):
+        with pytest.raises(ValueError, match="holds no pair"):
+            PreferenceTrainer(model, args, *datasets)
+    assert isinstance(PreferenceTrainer(model, args, pairs, data_collator=None).data_collator, PairCollator)
     trainer = PreferenceTrainer(model, args, pairs, precompute_reference=True)
-    with pytest.raises(ValueError, match="with_reference"):
+    with pytest.raises(RuntimeError, match="with_reference"):
         trainer.evaluate(make_pairs(4))
 
 
