@@ -34,15 +34,15 @@ class PairDataset(Dataset):
     :meth:`with_reference`, ``ref_chosen_logps`` and ``ref_rejected_logps`` (floats).
 
     Raises:
-        ValueError: an empty prompt or response.
+        ValueError: an empty prompt or response, or ids that are no flat sequence of integers from 0 on.
     """
 
     def __init__(self, pairs: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]) -> None:
-        self._pairs = [_Pair(*(np.asarray(ids, dtype=np.int64) for ids in pair)) for pair in pairs]
-        for index, pair in enumerate(self._pairs):
-            for name in ("prompt", "chosen", "rejected"):
-                if getattr(pair, name).size == 0:
-                    raise ValueError(f"pair {index}: the {name} has no token")
+        names = ("prompt", "chosen", "rejected")
+        self._pairs = [
+            _Pair(*(_token_ids(f"pair {index}: the {name}", ids) for name, ids in zip(names, pair, strict=True)))
+            for index, pair in enumerate(pairs)
+        ]
         self._reference: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -67,14 +67,35 @@ class PairDataset(Dataset):
         """The same pairs with the reference's log-probs ``[P]`` of their responses.
 
         Raises:
-            ValueError: another number of log-probs than pairs.
+            ValueError: another number of log-probs than pairs, or one that is not finite.
         """
+        for logps in (chosen_logps, rejected_logps):
+            if logps.shape != (len(self),):
+                raise ValueError(f"expected {len(self)} log-probs of each kind, got shape {tuple(logps.shape)}")
         reference = torch.stack([chosen_logps, rejected_logps], dim=-1).detach().double().cpu().numpy()
-        if reference.shape != (len(self), 2):
-            raise ValueError(f"expected {len(self)} log-probs of each kind, got shape {tuple(chosen_logps.shape)}")
+        finite = np.isfinite(reference).all(axis=1)
+        if not finite.all():
+            index = int(finite.argmin())
+            raise ValueError(
+                f"the reference's log-probs must be finite, got {reference[index].tolist()} for pair {index}"
+            )
         other = PairDataset(())
         other._pairs, other._reference = self._pairs, reference
         return other
+
+
+def _token_ids(what: str, ids: Sequence[int]) -> Ids:
+    array = np.asarray(ids)
+    if array.ndim != 1:
+        raise ValueError(f"{what} must be a flat sequence of token ids, got shape {array.shape}")
+    if array.size == 0:
+        raise ValueError(f"{what} has no token")
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{what} must hold integers, got {array.dtype}")
+    array = array.astype(np.int64, copy=False)
+    if array.min() < 0:
+        raise ValueError(f"{what} holds the token id {array.min()}")
+    return array
 
 
 def tokenize_pairs(

@@ -43,8 +43,9 @@ def read_preferences(path: str | PathLike[str]) -> list[Preference]:
     A line is one of
 
     - ``{"prompt": str, "chosen": str, "rejected": str}``;
-    - the same with lists of messages ``{"role": str, "content": ...}``, as TRL takes them. Without
-      ``prompt``, the messages with which both conversations begin are the prompt;
+    - the same with lists of messages ``{"role": str, "content": ...}``, as TRL takes them: the content is a
+      string or a list of parts, not empty. Without ``prompt``, the messages with which both conversations begin
+      are the prompt;
     - ``{"prompt": str, "responses": [str, ...], "preferences": [[i, j, label], ...]}``: label 1 prefers
       response i, 2 prefers j, and 0, no preference, gives no pair.
 
@@ -107,11 +108,19 @@ def _parse(line: bytes, source: str) -> list[Preference]:
         raise DataError(f"not UTF-8 (byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except ValueError as error:  # a number with more digits than Python converts
+        raise DataError(f"cannot be read as JSON: {error}") from error
+    except RecursionError as error:
+        raise DataError("cannot be read as JSON: nested too deeply") from error
     if not isinstance(record, dict):
         raise DataError(f"expected an object, got {_kind(record)}")
     if "tools" in record:
         raise DataError('the field "tools" is not supported')
-    if "responses" in record or "preferences" in record:
+    compared = [name for name in ("responses", "preferences") if name in record]
+    paired = [name for name in ("chosen", "rejected") if name in record]
+    if compared and paired:
+        raise DataError(f'"{compared[0]}" and "{paired[0]}" belong to two forms of a record; expected one form')
+    if compared:
         return _comparisons(record, source)
     for name in ("chosen", "rejected"):
         if name not in record:
@@ -147,6 +156,9 @@ def _comparisons(record: dict[str, Any], source: str) -> list[Preference]:
         raise DataError(f'"prompt" must be a string, got {_kind(prompt)}')
     if not isinstance(responses, list) or not all(isinstance(response, str) for response in responses):
         raise DataError('"responses" must be a list of strings')
+    _check_characters("prompt", prompt)
+    for index, response in enumerate(responses):
+        _check_characters(f"responses[{index}]", response)
     if not isinstance(preferences, list):
         raise DataError(f'"preferences" must be a list, got {_kind(preferences)}')
     pairs = []
@@ -175,6 +187,7 @@ def _text(record: dict[str, Any], name: str, empty: bool = False) -> Text:
     if isinstance(value, str):
         if not empty and not value.strip():
             raise DataError(f'"{name}" is empty')
+        _check_characters(name, value)
         return value
     if not isinstance(value, list):
         raise DataError(f'"{name}" must be a string or a list of messages, got {_kind(value)}')
@@ -183,7 +196,27 @@ def _text(record: dict[str, Any], name: str, empty: bool = False) -> Text:
     for position, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             raise DataError(f'message {position} of "{name}" must have a "role" and a "content"')
+        role, content = message["role"], message["content"]
+        if not role.strip():
+            raise DataError(f'message {position} of "{name}" has an empty "role"')
+        if not isinstance(content, str | list):
+            raise DataError(f'the "content" of message {position} of "{name}" must be a string, got {_kind(content)}')
+        if not (content.strip() if isinstance(content, str) else content):
+            raise DataError(f'message {position} of "{name}" has an empty "content"')
+    try:
+        _check_characters(name, json.dumps(value, ensure_ascii=False))
+    except RecursionError as error:
+        raise DataError(f'"{name}" is nested too deeply') from error
     return tuple(value)
+
+
+def _check_characters(name: str, text: str) -> None:
+    """Refuse half of a surrogate pair: JSON can escape it, tokenizers fail on it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise DataError(f'"{name}" has a lone surrogate, \\u{code:04x}, which is no character') from error
 
 
 def _kind(value: Any) -> str:

@@ -88,6 +88,23 @@ def test_the_three_forms_are_read(tmp_path):
             "must be \\[i, j, label\\]",
         ),
         ({"prompt": "a", "responses": ["b", ""], "preferences": [[0, 1, 1]]}, "response 1 is empty"),
+        ('{"id": ' + "9" * 5000 + "}", "cannot be read as JSON: Exceeds the limit .* digits"),
+        ("[" * 100_000 + "]" * 100_000, "cannot be read as JSON: nested too deeply"),
+        ({**GOOD, "chosen": "a \ud83d b"}, r'"chosen" has a lone surrogate, \\ud83d'),
+        (
+            {**GOOD, "chosen": [say("assistant", "\udc00")]},
+            r'"chosen" has a lone surrogate, \\udc00',
+        ),
+        (
+            {"prompt": "a", "responses": ["b", "\ud83d"], "preferences": [[0, 1, 1]]},
+            r'"responses\[1\]" has a lone surrogate',
+        ),
+        ({**GOOD, "chosen": [say("assistant", None)]}, 'content" of message 0 of "chosen" must be a string, got null'),
+        ({**GOOD, "chosen": [say("assistant", 3)]}, "must be a string, got a number"),
+        ({**GOOD, "chosen": [say("assistant", "")]}, 'message 0 of "chosen" has an empty "content"'),
+        ({**GOOD, "chosen": [say("assistant", [])]}, 'message 0 of "chosen" has an empty "content"'),
+        ({**GOOD, "chosen": [say("", "a")]}, 'message 0 of "chosen" has an empty "role"'),
+        ({**GOOD, "responses": ["b", "c"], "preferences": []}, '"responses" and "chosen" belong to two forms'),
     ],
 )
 def test_a_malformed_line_gives_file_line_and_reason(tmp_path, line, reason):
@@ -254,8 +271,29 @@ def test_reference_log_probs_travel_with_the_pairs():
     assert batch["ref_rejected_logps"].tolist() == [-4.0, -3.0]
     with pytest.raises(ValueError, match="expected 2 log-probs"):
         pairs.with_reference(torch.zeros(3), torch.zeros(3))
+    with pytest.raises(ValueError, match="expected 2 log-probs"):
+        pairs.with_reference(torch.zeros(2), torch.zeros(3))
+    for wrong in (float("nan"), float("-inf")):
+        with pytest.raises(ValueError, match=r"must be finite, got .* for pair 1"):
+            pairs.with_reference(torch.zeros(2), torch.tensor([0.0, wrong]))
     with pytest.raises(ValueError, match="pair 0: the rejected has no token"):
         PairDataset([([1], [2], [])])
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        ([1, 1.7], "must hold integers, got float64"),
+        ([True], "must hold integers, got bool"),
+        (["1"], "must hold integers"),
+        ([2**70], "must hold integers, got object"),
+        ([3, -100], "holds the token id -100"),
+        ([[1, 2], [3, 4]], r"must be a flat sequence of token ids, got shape \(2, 2\)"),
+    ],
+)
+def test_token_ids_are_flat_sequences_of_integers(ids, text):
+    with pytest.raises(ValueError, match=f"pair 1: the chosen {text}"):
+        PairDataset([([1], [2], [3]), ([4], ids, [6])])
 
 
 @pytest.mark.skipif(not QA_FEEDBACK.exists(), reason=f"{QA_FEEDBACK} is not there")
