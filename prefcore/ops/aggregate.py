@@ -39,8 +39,8 @@ def aggregate(
             sequences, the mean of each one's mean (``"seq_mean_token_mean"``), sum
             (``"seq_mean_token_sum"``), or sum / ``horizon`` (``"seq_mean_token_sum_norm"``).
         num_items: positive, replaces the number of tokens (``token_mean``) or of non-empty sequences
-            (``seq_mean_*``): a number, or a 0-d tensor on the values' device, which is neither read by the
-            host nor differentiated.
+            (``seq_mean_*``): a number, or a 0-d tensor of a real dtype on the values' device, which is not
+            differentiated, nor read by the host where that is a GPU (unless ``PREFCORE_CHECK=1``).
         horizon: a positive constant, for ``"seq_mean_token_sum_norm"`` alone.
         impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"cuda"``.
 
@@ -94,6 +94,10 @@ def _check_num_items(values: Tensor, how: str, num_items: float | Tensor | None)
         raise ValueError(f"num_items must be a 0-d tensor, got shape {list(num_items.shape)}")
     elif num_items.device != values.device:
         raise ValueError(f"num_items must be on the values' device {values.device}, got {num_items.device}")
+    elif num_items.dtype == torch.bool or num_items.is_complex():
+        raise ValueError(f"num_items must have a real dtype, got {num_items.dtype}")
+    elif not torch.compiler.is_compiling() and _checks.check_values(num_items.device):
+        _check_positive("num_items", num_items.item())
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -165,6 +165,13 @@ def test_compiles_once_for_all_sizes(how):
     assert counter.frame_count == 1
 
 
+def test_compiles_with_num_items_in_a_tensor():
+    torch._dynamo.reset()
+    compiled = torch.compile(prefcore.aggregate, fullgraph=True, backend="aot_eager")
+    arguments = torch.randn(14), offsets((5, 0, 9)), "token_mean", torch.tensor(37)
+    torch.testing.assert_close(compiled(*arguments), prefcore.aggregate(*arguments))
+
+
 VALUES = torch.zeros(4)
 NORM = "seq_mean_token_sum_norm"
 REFUSALS = [
@@ -179,6 +186,10 @@ REFUSALS = [
     (TypeError, "num_items must be a number, got bool", {"num_items": True}),
     (ValueError, r"num_items must be a 0-d tensor, got shape \[1\]", {"num_items": torch.ones(1)}),
     (ValueError, "num_items must be on the values' device cpu", {"num_items": torch.ones((), device="meta")}),
+    (ValueError, "num_items must have a real dtype, got torch.bool", {"num_items": torch.tensor(True)}),
+    (ValueError, "num_items must have a real dtype, got torch.complex64", {"num_items": torch.tensor(4 + 0j)}),
+    (ValueError, "num_items must be positive and finite, got -2.5", {"num_items": torch.tensor(-2.5)}),
+    (ValueError, "num_items must be positive and finite, got nan", {"num_items": torch.tensor(float("nan"))}),
     (ValueError, f"how='{NORM}' needs horizon", {"how": NORM}),
     (ValueError, "how='token_mean' does not use horizon", {"horizon": 8}),
     (ValueError, "horizon must be positive and finite, got -1", {"how": NORM, "horizon": -1}),
