@@ -56,7 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--lr", type=_positive, metavar="RATE", help="peak learning rate (1e-6; 1e-5 with --lora)")
     add("--warmup", type=_share, default=0.1, help="share of the steps in which the learning rate rises")
     add("--lr-scheduler", default="linear", help="a scheduler of transformers")
-    add("--weight-decay", type=float, default=0.0, help="of AdamW")
+    add("--weight-decay", type=_not_negative, default=0.0, help="of AdamW")
     add("--batch-size", type=_count, default=8, help="pairs per device and forward pass")
     add("--accumulate", type=_count, default=1, metavar="N", help="forward passes per optimizer step")
     add("--max-length", type=_count, metavar="N", help=f"tokens of prompt and response ({_MAX_LENGTH}, or the model's)")
@@ -74,7 +74,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--eval-steps", type=_count, metavar="N", help="steps between evaluations (5 a run)")
     add("--save-steps", type=_count, metavar="N", help="steps between checkpoints (none)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    add("--seed", type=int, default=0, help="of the shuffling, the adapters and the held-out prompts")
+    add("--seed", type=_seed, default=0, help="of the shuffling, the adapters and the held-out prompts")
     add("--report-to", default="none", help="loggers of transformers, such as tensorboard or wandb")
     add("--trust-remote-code", action="store_true", help="run model code from the hub")
     parser.set_defaults(run=run, defaults={action.dest: action.default for action in parser._actions})
@@ -141,10 +141,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     config, tokenizer = _read_config(args.model, "--model", args), _read_tokenizer(args)
-    if args.ref:
-        _read_config(args.ref, "--ref", args)
-    train_set = _tokenize(preferences, tokenizer, config, args)
-    eval_set = _tokenize(held_out, tokenizer, config, args) if held_out else None
+    ref_config = _read_config(args.ref, "--ref", args) if args.ref else None
+    train_set = _tokenize(preferences, tokenizer, config, ref_config, args)
+    eval_set = _tokenize(held_out, tokenizer, config, ref_config, args) if held_out else None
     settings = _trainer_settings(args, output, len(train_set), eval_set is not None)
     main_process = int(os.environ.get("RANK", "0")) == 0
     say = print if main_process else (lambda *_: None)
@@ -196,9 +195,13 @@ def _loss_args(args: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = entry.partition("=")
         if not equals or not name.isidentifier():
             raise UsageError(f"--loss-arg takes NAME=VALUE, got {entry!r}")
+        if name == "beta":
+            raise UsageError(f"--loss-arg {entry}: pass it as --beta")
+        if name in given:
+            raise UsageError(f"--loss-arg {entry}: {name} is given twice")
         try:
             given[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             given[name] = value
     try:
         method, _ = loss_settings(args.loss, args.beta, given)
@@ -251,7 +254,9 @@ def _read_tokenizer(args: argparse.Namespace) -> Any:
         raise UsageError(f"--model {args.model}: its tokenizer cannot be loaded: {error}") from error
 
 
-def _tokenize(preferences: list[Preference], tokenizer: Any, config: Any, args: argparse.Namespace) -> PairDataset:
+def _tokenize(
+    preferences: list[Preference], tokenizer: Any, config: Any, ref_config: Any, args: argparse.Namespace
+) -> PairDataset:
     from prefcore.data import tokenize_pairs
 
     text_config = config.get_text_config()
@@ -269,11 +274,12 @@ def _tokenize(preferences: list[Preference], tokenizer: Any, config: Any, args: 
     except ValueError as error:
         raise UsageError(str(error)) from error
     largest = max(int(ids.max()) for i in range(len(pairs)) for ids in pairs[i].values())
-    if largest >= text_config.vocab_size:
-        raise UsageError(
-            f"--model {args.model}: the tokenizer gives token {largest}, "
-            f"the model's vocabulary is {text_config.vocab_size}"
-        )
+    for option, name, read in (("--model", args.model, config), ("--ref", args.ref, ref_config)):
+        if read is not None and largest >= read.get_text_config().vocab_size:
+            raise UsageError(
+                f"{option} {name}: the tokenizer gives token {largest}, "
+                f"the model's vocabulary is {read.get_text_config().vocab_size}"
+            )
     return pairs
 
 
@@ -291,7 +297,7 @@ def _trainer_settings(args: argparse.Namespace, output: Path, pairs: int, evalua
     # The first is the name since transformers 5.20 or so, the second warns there.
     recompute = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     try:
-        return transformers.TrainingArguments(
+        settings = transformers.TrainingArguments(
             str(output),
             per_device_train_batch_size=args.batch_size,
             per_device_eval_batch_size=args.batch_size,
@@ -318,6 +324,18 @@ def _trainer_settings(args: argparse.Namespace, output: Path, pairs: int, evalua
         )
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
+    # Trainer makes both after the model is loaded.
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
+        transformers.get_scheduler(settings.lr_scheduler_type, optimizer, settings.get_warmup_steps(steps), steps)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--lr-scheduler {args.lr_scheduler}: cannot be used without arguments: {error}") from error
+    try:
+        for callback in transformers.integrations.get_reporting_integration_callbacks(settings.report_to):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UsageError(f"--report-to {args.report_to}: {error}") from error
+    return settings
 
 
 def _load(name: str, args: argparse.Namespace, adapters: bool = False) -> Any:
@@ -455,6 +473,20 @@ def _positive(text: str) -> float:
     value = float(text)
     if not value > 0 or math.isinf(value):
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not value >= 0 or math.isinf(value):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:  # NumPy's range
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 2**32, got {text}")
     return value
 
 

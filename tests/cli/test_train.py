@@ -136,6 +136,11 @@ def test_malformed_data_ends_in_words_before_a_model_is_loaded(tiny, tmp_path, c
         ({"--eval-data": "missing.jsonl"}, "missing.jsonl: cannot be read"),
         ({"--resume": ""}, "--resume: there is no checkpoint"),
         ({"--lr-scheduler": "no_such"}, "no_such"),
+        ({"--lr-scheduler": "cosine_with_min_lr"}, "--lr-scheduler cosine_with_min_lr: cannot be used without"),
+        ({"--lr-scheduler": "warmup_stable_decay"}, "--lr-scheduler warmup_stable_decay: cannot be used without"),
+        ({"--report-to": "no_such"}, "--report-to no_such: no_such is not supported"),
+        ({"--loss-arg": "beta=5"}, "--loss-arg beta=5: pass it as --beta"),
+        ({"--loss": "ipo", "--loss-arg": "length_normalize=no"}, "length_normalize must be True or False, got str"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(tiny, tmp_path, capsys, monkeypatch, change, text):
@@ -149,8 +154,53 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(tiny, tmp_path, ca
     assert text in error
 
 
+@pytest.mark.quick
+def test_a_loss_argument_given_twice_is_refused(capsys):
+    twice = ["--loss-arg", "length_normalize=true", "--loss-arg", "length_normalize=false"]
+    assert command("--data", "a", "--model", "b", "--output", "c", "--loss", "ipo", *twice) == 2
+    assert "length_normalize is given twice" in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_a_logger_that_is_not_installed_is_refused_before_a_model_is_loaded(tiny, tmp_path, capsys, monkeypatch):
+    class Absent(transformers.TrainerCallback):
+        def __init__(self):
+            raise RuntimeError("it requires clearml to be installed")
+
+    integrations = transformers.integrations.integration_utils
+    monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "clearml", Absent)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    model, data = tiny
+    assert command("--data", data, "--model", model, "--output", tmp_path, "--report-to", "clearml") == 2
+    assert "--report-to clearml: it requires clearml to be installed" in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_a_reference_without_the_tokens_is_refused_before_a_model_is_loaded(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    model, data = tiny
+    config = transformers.AutoConfig.from_pretrained(model)
+    config.vocab_size = 12
+    config.save_pretrained(tmp_path / "ref")
+    options = ["--data", data, "--model", model, "--output", tmp_path / "out", "--ref", tmp_path / "ref"]
+    assert command(*options) == 2
+    error = capsys.readouterr().err
+    assert f"--ref {tmp_path / 'ref'}: the tokenizer gives token" in error
+    assert "the model's vocabulary is 12" in error
+
+
 def test_options_of_the_wrong_kind_are_refused(capsys):
-    for option, value in (("--lr", "0"), ("--batch-size", "0"), ("--beta", "-1"), ("--eval-fraction", "1")):
+    for option, value in (
+        ("--lr", "0"),
+        ("--batch-size", "0"),
+        ("--beta", "-1"),
+        ("--eval-fraction", "1"),
+        ("--weight-decay", "nan"),
+        ("--weight-decay", "-0.1"),
+        ("--weight-decay", "inf"),
+        ("--seed", "-1"),
+        ("--seed", str(2**32)),
+    ):
         with pytest.raises(SystemExit) as caught:
             command(option, value)
         assert caught.value.code == 2
