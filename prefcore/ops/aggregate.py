@@ -11,6 +11,7 @@ from torch import Tensor
 from prefcore import reference
 from prefcore._impl import Impl, resolve
 from prefcore.ops import _checks
+from prefcore.ops._register import register
 from prefcore.ops.sequence_reduce import sequence_reduce
 
 How = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm", "token_sum"]
@@ -64,6 +65,8 @@ def aggregate(
     chosen = resolve(impl, "aggregate", values.device)
     if isinstance(num_items, Tensor):
         num_items = num_items.detach().to(values.dtype)
+        if _checks.check_values(num_items.device):
+            num_items = _CHECKED(num_items)
     if chosen == "reference":
         _checks.check_reference_offsets("cu_seqlens", cu_seqlens, values.shape[0])
         return reference.aggregate(values, cu_seqlens, how, num_items, horizon=horizon)
@@ -96,11 +99,20 @@ def _check_num_items(values: Tensor, how: str, num_items: float | Tensor | None)
         raise ValueError(f"num_items must be on the values' device {values.device}, got {num_items.device}")
     elif num_items.dtype == torch.bool or num_items.is_complex():
         raise ValueError(f"num_items must have a real dtype, got {num_items.dtype}")
-    elif not torch.compiler.is_compiling() and _checks.check_values(num_items.device):
-        _check_positive("num_items", num_items.item())
 
 
 def _check_positive(name: str, value: float) -> None:
     _checks.check_number(name, value)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _launch_check(num_items: Tensor) -> Tensor:
+    _check_positive("num_items", num_items.item())
+    return num_items.clone()
+
+
+# Of any device: it launches nothing of its own.
+_CHECKED = register(
+    "aggregate_num_items(Tensor num_items) -> Tensor", _launch_check, torch.empty_like, "CompositeExplicitAutograd"
+)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import prefcore
 
@@ -165,11 +166,25 @@ def test_compiles_once_for_all_sizes(how):
     assert counter.frame_count == 1
 
 
-def test_compiles_with_num_items_in_a_tensor():
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_num_items_in_a_tensor_is_traced_and_checked_when_it_is_there(impl):
+    def function(values, cu_seqlens, num_items):
+        return prefcore.aggregate(values, cu_seqlens, "token_mean", num_items, impl=impl)
+
     torch._dynamo.reset()
-    compiled = torch.compile(prefcore.aggregate, fullgraph=True, backend="aot_eager")
-    arguments = torch.randn(14), offsets((5, 0, 9)), "token_mean", torch.tensor(37)
-    torch.testing.assert_close(compiled(*arguments), prefcore.aggregate(*arguments))
+    arguments = torch.randn(14), offsets((5, 0, 9)), torch.tensor(37)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    traced = [compiled]
+    if impl == "auto":  # the reference checks the offsets' values where nothing is compiled
+        traced += [make_fx(function, tracing_mode=mode)(*arguments) for mode in ("real", "fake", "symbolic")]
+    for run in traced:
+        torch.testing.assert_close(run(*arguments), function(*arguments))
+        with pytest.raises(ValueError, match="num_items must be positive and finite, got -3"):
+            run(*arguments[:2], torch.tensor(-3))
+
+
+def test_opcheck_of_the_check():
+    torch.library.opcheck(torch.ops.prefcore.aggregate_num_items.default, (torch.tensor(3.0),))
 
 
 VALUES = torch.zeros(4)
