@@ -20,10 +20,9 @@ class RowConfig:
     def options(self, device: torch.device) -> dict[str, int]:
         """The compiler's options on ``device``."""
         options = {"num_warps": max(1, self.threads // warp_size(device))}
-        if self.threads == 1024 and nvidia(device):
-            # Left alone, ptxas may spill to get by with 32 registers and fit a second program, which is not
-            # wanted.
-            options["maxnreg"] = 64
+        if self.threads >= 512 and nvidia(device):
+            # Left alone, ptxas may spill to fit one more program than latency or L2 call for.
+            options["maxnreg"] = 65536 // self.threads
         return options
 
 

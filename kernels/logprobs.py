@@ -6,7 +6,7 @@ The functions are those of the CPU back end. ``spec`` and the rows of ``state`` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,11 +57,18 @@ class Variant:
     select: bool  # -inf at masked-off elements would not stay -inf
     flush: bool  # subnormal results of exp are 0
     round_to: tl.dtype | None
+    bias: bool
     out_like_tile: bool = False  # rows of out are aligned as those of the tile
     entropy: bool = False
     mean: bool = False
     squares: bool = False
     top1: bool = False
+
+    def __post_init__(self) -> None:
+        # Before 3.9 Triton hands a kernel the plain attribute, which is no constant in a tuple or an expression.
+        if not INTERPRETED:
+            for field in fields(self):
+                object.__setattr__(self, field.name, tl.constexpr(getattr(self, field.name)))
 
 
 # The kernels see to the alignment of rows themselves (_span): nothing but pointers to rows is specialised.
@@ -111,6 +118,13 @@ def _exp(x, V: tl.constexpr):
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
         )
     return tl.exp(x)
+
+
+@triton.jit
+def _fma(x, y, z, V: tl.constexpr):
+    if INTERPRETED and V.acc == tl.float32:  # before 3.9 its own rounds twice
+        return (x.to(tl.float64) * y + z).to(tl.float32)
+    return tl.fma(x, y, z)
 
 
 @triton.jit
@@ -171,8 +185,10 @@ def _columns(start, span, EDGE: tl.constexpr, V: tl.constexpr):
 def _source(tile_ptr, tile_stride, bias_ptr, temperature_ptr, row, span, inner, outer, slope, V: tl.constexpr):
     """What :func:`_logits` reads (pointers to the row's first group, factors); dz/dx without the softcap."""
     tile_ptr = _groups(tile_ptr, row, tile_stride, span, True, V)
-    if bias_ptr is not None:
+    if V.bias:
         bias_ptr += span[0]
+    else:
+        bias_ptr = tile_ptr  # not read; before 3.7 None cannot be part of a result
     factor = tl.full((), inner, tl.float64)
     inner = factor.to(V.acc)
     rest = (factor - inner.to(tl.float64)).to(V.acc)
@@ -185,7 +201,7 @@ def _source(tile_ptr, tile_stride, bias_ptr, temperature_ptr, row, span, inner, 
             slope /= temperature
         else:
             slope /= temperature
-            rest = (tl.fma(-slope, temperature, inner) + rest) / temperature
+            rest = (_fma(-slope, temperature, inner, V) + rest) / temperature
             inner = slope
     return (tile_ptr, bias_ptr, inner, rest, outer), slope
 
@@ -198,7 +214,7 @@ def _logits(source, offsets, mask, V: tl.constexpr):
     if V.round_to is not None:
         x = _round(x, V.round_to)
     x = _widen(x, V)
-    if bias_ptr is not None:
+    if V.bias:
         x += _widen(tl.load(bias_ptr + offsets, mask=mask, other=0.0), V)
     flatness = 1.0
     if V.softcap:
@@ -207,7 +223,7 @@ def _logits(source, offsets, mask, V: tl.constexpr):
         flatness = 1.0 - t * t
     elif V.scaled:
         # A large x times a rounded 1 / temperature is further off than x / temperature: add what rounding took.
-        z = tl.fma(x, inner, tl.clamp(x, FLOOR, -FLOOR) * rest)
+        z = _fma(x, inner, tl.clamp(x, FLOOR, -FLOOR) * rest, V)
     else:
         z = x
     if V.select:
@@ -247,10 +263,10 @@ def _sweep(source, span, target_offset, V: tl.constexpr):
     # Each lane has a state of its own and reduces no more than its k neighbours, which one thread holds:
     # threads exchange nothing before the row's end, and one exp in k + 1 is for rescaling.
     peak = tl.full((V.lanes,), FLOOR, V.acc)
-    total = tl.zeros((V.lanes,), V.acc)
-    shifted = tl.zeros((V.lanes,), V.acc)
-    summed = tl.zeros((V.lanes,), V.acc)
-    squares = tl.zeros((V.lanes,), V.acc)
+    total = tl.full((V.lanes,), 0.0, V.acc)
+    shifted = tl.full((V.lanes,), 0.0, V.acc)
+    summed = tl.full((V.lanes,), 0.0, V.acc)
+    squares = tl.full((V.lanes,), 0.0, V.acc)
     before = tl.full((V.lanes,), -float("inf"), V.acc)
     for EDGE in tl.static_range(2):
         for start in range(0, _steps(span, EDGE, V), V.lanes):
@@ -307,7 +323,7 @@ def _merge(state_ptr, stride, old_peak, old_total, statistics, V: tl.constexpr):
 
 @triton.jit
 def _write_zeros(out_ptr, span, V: tl.constexpr):
-    zeros = tl.zeros((V.lanes, V.k), out_ptr.dtype.element_ty)
+    zeros = tl.full((V.lanes, V.k), 0.0, out_ptr.dtype.element_ty)
     for EDGE in tl.static_range(2):
         for start in range(0, _steps(span, EDGE, V), V.lanes):
             offsets, mask = _columns(start, span, EDGE, V)
@@ -411,10 +427,10 @@ def _weigh_kernel(
                 peaks = tl.maximum(peaks, tl.max(_logits(source, offsets, mask, V)[0], 1))
         peak = tl.maximum(old_peak, tl.max(peaks, 0))
 
-        total = tl.zeros((V.lanes,), V.acc)
-        shifted = tl.zeros((V.lanes,), V.acc)
-        summed = tl.zeros((V.lanes,), V.acc)
-        squares = tl.zeros((V.lanes,), V.acc)
+        total = tl.full((V.lanes,), 0.0, V.acc)
+        shifted = tl.full((V.lanes,), 0.0, V.acc)
+        summed = tl.full((V.lanes,), 0.0, V.acc)
+        squares = tl.full((V.lanes,), 0.0, V.acc)
         before = tl.full((V.lanes,), -float("inf"), V.acc)
         for EDGE in tl.static_range(2):
             for start in range(0, _steps(span, EDGE, V), V.lanes):
@@ -566,6 +582,7 @@ def _launch(
         softcap=spec.softcap is not None,
         select=spec.softcap is not None or spec.logit_scale <= 0,
         flush=state.dtype == torch.float32 and launch.nvidia(tile.device),
+        bias=bias is not None,
         round_to=None if spec.round_to in (None, tile.dtype) else TYPES[spec.round_to],
         out_like_tile=out is not None and (out.stride(0) - tile.stride(0)) % k == 0,
         **flags,
