@@ -95,9 +95,10 @@ def _trl() -> Logps:
     if importlib.util.find_spec("trl") is None:
         raise LookupError("trl is not installed")
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK  # what its trainers use
 
     def logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 8192, None, 1.0, ())[0]
+        return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, CHUNK, None, 1.0, ())[0]
 
     return logps
 
