@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import json
 import os
 import re
 from pathlib import Path
@@ -29,6 +30,19 @@ def test_the_readme_snippets_run_in_order(tmp_path, monkeypatch):
     for snippet in snippets:
         before = text[: snippet.start(1)].count("\n")
         exec(compile("\n" * before + snippet.group(1), str(README), "exec"), names)
+
+
+def test_the_readme_tables_are_those_of_their_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.table import markdown
+
+    text = README.read_text()
+    named = re.findall(r"bench/results/[\w.-]+\.json", text)
+    assert named
+    for name in named:
+        report = json.loads((ROOT / name).read_text())
+        assert report["command"] in text
+        assert markdown(report) in text, f"the table is not that of {name}"
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=str)
