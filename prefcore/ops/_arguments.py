@@ -10,20 +10,10 @@ import torch
 from torch import Tensor
 
 from prefcore._types import OUTPUTS, TokenStats
-from prefcore.ops._checks import check_number, check_values
+from prefcore.ops._checks import check_number, check_type, check_values
 from prefcore.ops._stats import accumulator_dtype
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def check_type(name: str, value: Any, kind: type, *, optional: bool = False) -> None:
-    if not isinstance(value, kind) and not (optional and value is None):
-        expected = f"{kind.__name__}{' or None' if optional else ''}"
-        raise TypeError(f"{name} must be a {expected}, got {type(value).__name__}")
-    if isinstance(value, Tensor) and hasattr(value, "full_tensor"):
-        raise NotImplementedError(
-            f"{name} is a DTensor; gather it first, `{name}.full_tensor()`, or hand over the local computation"
-        )
 
 
 def check_logit_options(

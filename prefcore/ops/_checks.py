@@ -13,10 +13,20 @@ def check_values(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("PREFCORE_CHECK") == "1"
 
 
+def check_type(name: str, value: object, kind: type, *, optional: bool = False) -> None:
+    """Refuse anything of another type, and tensors that are spread over ranks."""
+    if not isinstance(value, kind) and not (optional and value is None):
+        expected = f"{kind.__name__}{' or None' if optional else ''}"
+        raise TypeError(f"{name} must be a {expected}, got {type(value).__name__}")
+    if isinstance(value, Tensor) and hasattr(value, "full_tensor"):
+        raise NotImplementedError(
+            f"{name} is a DTensor; gather it first, `{name}.full_tensor()`, or hand over the local computation"
+        )
+
+
 def check_tensor(name: str, value: object) -> None:
-    """Refuse anything but a tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    """Refuse anything but a plain tensor."""
+    check_type(name, value, Tensor)
 
 
 def check_number(name: str, value: object, alternative: str = "") -> None:

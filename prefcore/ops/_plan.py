@@ -14,8 +14,8 @@ from prefcore.ops._arguments import (
     check_logits_dtype,
     check_memory_budget,
     check_outputs,
-    check_type,
 )
+from prefcore.ops._checks import check_type
 
 Schedule = Literal["auto", "forward", "frozen", "retain", "recompute"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)

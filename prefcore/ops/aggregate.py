@@ -54,6 +54,7 @@ def aggregate(
             use.
     """
     _checks.check_ragged("values", values, cu_seqlens)
+    _checks.check_type("how", how, str)
     if how not in _HOWS:
         raise ValueError(f"how must be one of {_HOWS}, got {how!r}")
     _check_num_items(values, how, num_items)

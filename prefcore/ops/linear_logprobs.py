@@ -21,12 +21,12 @@ from prefcore.ops._arguments import (
     check_same_device,
     check_target_dtype,
     check_targets,
-    check_type,
     row_temperature,
     stats_settings,
     token_stats,
 )
 from prefcore.ops._backends import BACKENDS
+from prefcore.ops._checks import check_type
 from prefcore.ops._plan import Schedule
 from prefcore.ops._register import register
 from prefcore.ops._stats import Stats, accumulator_dtype, stats_like

@@ -18,12 +18,12 @@ from prefcore.ops._arguments import (
     check_same_device,
     check_target_dtype,
     check_targets,
-    check_type,
     row_temperature,
     stats_settings,
     token_stats,
 )
 from prefcore.ops._backends import BACKENDS
+from prefcore.ops._checks import check_type
 from prefcore.ops._register import register
 from prefcore.ops._stats import StatsSettings, accumulator_dtype, finish, new_state, row_gradient, stats_like
 

@@ -63,6 +63,7 @@ def sequence_reduce(
 
 
 def _check_options(x: Tensor, mode: str, weights: Tensor | None, gamma: float | None) -> None:
+    _checks.check_type("mode", mode, str)
     if mode not in _MODES:
         raise ValueError(f"mode must be one of {_MODES}, got {mode!r}")
     if (weights is None) == (mode == "weighted"):

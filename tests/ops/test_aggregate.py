@@ -190,7 +190,7 @@ def test_opcheck_of_the_check():
 VALUES = torch.zeros(4)
 NORM = "seq_mean_token_sum_norm"
 REFUSALS = [
-    (TypeError, "values must be a torch.Tensor, got float", {"values": 1.0}),
+    (TypeError, "values must be a Tensor, got float", {"values": 1.0}),
     (ValueError, r"values must have shape \[T\], got \[2, 2\]", {"values": torch.zeros(2, 2)}),
     (ValueError, "cu_seqlens must end at the number of rows, 4, got 3", {"cu_seqlens": offsets((1, 2))}),
     (ValueError, "how must be one of .*'token_sum'.* got 'mean'", {"how": "mean"}),

@@ -371,8 +371,8 @@ def test_a_warp_and_a_block_have_the_bits_of_one_worker(tmp_path):
 X = torch.zeros(4)
 CU = offsets((1, 3))
 REFUSALS = [
-    (TypeError, "x must be a torch.Tensor, got list", {"x": [1.0]}),
-    (TypeError, "cu_seqlens must be a torch.Tensor, got tuple", {"cu_seqlens": (0, 4)}),
+    (TypeError, "x must be a Tensor, got list", {"x": [1.0]}),
+    (TypeError, "cu_seqlens must be a Tensor, got tuple", {"cu_seqlens": (0, 4)}),
     (ValueError, r"x must have shape \[T\], got \[2, 2\]", {"x": torch.zeros(2, 2)}),
     (ValueError, "x must be float32 or float64, got torch.bfloat16", {"x": X.bfloat16()}),
     (ValueError, "x must be float32 or float64, got torch.int64", {"x": X.long()}),
@@ -391,7 +391,7 @@ REFUSALS = [
     (ValueError, r"gamma must be in \[0, 1\], got 1.5", {"mode": "discounted", "gamma": 1.5}),
     (ValueError, r"gamma must be in \[0, 1\], got nan", {"mode": "discounted", "gamma": float("nan")}),
     (TypeError, "gamma must be a number, got Tensor", {"mode": "discounted", "gamma": X[0]}),
-    (TypeError, "weights must be a torch.Tensor, got list", {"mode": "weighted", "weights": [1.0]}),
+    (TypeError, "weights must be a Tensor, got list", {"mode": "weighted", "weights": [1.0]}),
     (ValueError, r"weights must have x's shape \[4\], got \[3\]", {"mode": "weighted", "weights": X[:3]}),
     (ValueError, "weights must have x's dtype torch.float32", {"mode": "weighted", "weights": X.double()}),
     (ValueError, "weights must be on x's device cpu", {"mode": "weighted", "weights": X.to("meta")}),
