@@ -376,7 +376,7 @@ def _check_weight_grad_out(out: Tensor | None, weight: Tensor) -> None:
         raise ValueError("weight_grad_out takes the weight's gradient, but the weight does not require one")
     if out.requires_grad:
         raise ValueError("weight_grad_out is a buffer that is written in place: it must not require a gradient")
-    if out.data_ptr() == weight.data_ptr():
+    if not torch.compiler.is_compiling() and out.data_ptr() == weight.data_ptr():
         raise ValueError("weight_grad_out must not be the weight itself")
     D = weight.shape[1]
     if out.shape != weight.shape or out.stride(1) != 1 or out.stride(0) < D or out.device != weight.device:

@@ -575,6 +575,24 @@ def test_one_compiled_graph_serves_every_length(schedule, budget, train_head, im
     assert graphs[-1] == graphs[0], f"compiled again for another length: {graphs}"
 
 
+@NATIVE
+def test_weight_grad_out_accumulates_when_compiled(impl, device):
+    torch.compiler.reset()
+    case = make(20, 300).to(device)
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
+
+    def step(buffer):
+        return prefcore.linear_logprobs(hidden, weight, case.targets, weight_grad_out=buffer, impl=impl).logps.sum()
+
+    buffers = []
+    for function in (step, torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")):
+        buffers.append(torch.ones(300, 8, device=device))
+        function(buffers[-1]).backward()
+    assert weight.grad is None
+    assert not torch.equal(buffers[0], torch.ones_like(buffers[0]))
+    torch.testing.assert_close(buffers[1], buffers[0])
+
+
 def test_an_unused_entropy_costs_no_second_sweep_when_compiled(monkeypatch):
     walks = []
     original = _walk._BackwardWalk.run
