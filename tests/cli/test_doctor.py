@@ -36,6 +36,11 @@ def test_an_op_is_available_where_auto_takes_it(capsys):
         assert entry["implementations"]["cpu"] is None, op
 
 
+def test_the_text_names_the_instruction_sets_that_can_be_asked_for(capsys):
+    names = _native.require().cpu_isa_names()
+    assert f"row kernels   {', '.join(names)}" in report(capsys)
+
+
 def test_the_text_names_every_op_and_implementation(capsys):
     text = report(capsys)
     for op, offered in _impl.IMPLEMENTATIONS.items():
