@@ -169,7 +169,8 @@ def _text(report: dict[str, Any]) -> str:
     threads = f"{cpu['threads']} threads on {cpu['cores']} cores, torch uses {cpu['torch_isa']}"
     lines.append(f"  {'cpu':14}{cpu['model']}, {threads}")
     if extension["cpu_isa"]:
-        lines.append(f"  {'row kernels':14}{', '.join(extension['cpu_isa'])}; the last unless PREFCORE_CPU_ISA names one")
+        names = ", ".join(extension["cpu_isa"])
+        lines.append(f"  {'row kernels':14}{names}; the last unless PREFCORE_CPU_ISA names one")
     for index, gpu in enumerate(devices["cuda"]):
         memory = gpu["memory_bytes"] / 2**30
         lines.append(f"  cuda:{index}        {gpu['name']}, capability {gpu['capability']}, {memory:.0f} GiB")

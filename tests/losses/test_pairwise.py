@@ -207,7 +207,7 @@ def test_traces_into_one_graph(name):
 
 
 REFUSALS = [
-    (TypeError, "rejected_logps must be a torch.Tensor, got float", {1: -3.0}, {}),
+    (TypeError, "rejected_logps must be a Tensor, got float", {1: -3.0}, {}),
     (
         ValueError,
         "chosen_logps must have a floating-point dtype, got torch.int64",
