@@ -13,9 +13,9 @@
 #include "bindings.h"
 
 namespace py = pybind11;
+using prefcore::Type;
 using prefcore::cpu::LogitRows;
 using prefcore::cpu::RowKernels;
-using prefcore::cpu::Type;
 
 namespace {
 

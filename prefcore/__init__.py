@@ -6,10 +6,22 @@ Importing this package needs torch alone; triton and transformers are imported w
 from prefcore._types import TokenStats
 from prefcore.ops._plan import Plan, plan
 from prefcore.ops.aggregate import aggregate
+from prefcore.ops.gather_rows import RowInverse, gather_rows, invert_rows
 from prefcore.ops.linear_logprobs import linear_logprobs
 from prefcore.ops.logprobs import logprobs
 from prefcore.ops.sequence_reduce import sequence_reduce
 
 __version__ = "0.1.0"
 
-__all__ = ["Plan", "TokenStats", "aggregate", "linear_logprobs", "logprobs", "plan", "sequence_reduce"]
+__all__ = [
+    "Plan",
+    "RowInverse",
+    "TokenStats",
+    "aggregate",
+    "gather_rows",
+    "invert_rows",
+    "linear_logprobs",
+    "logprobs",
+    "plan",
+    "sequence_reduce",
+]

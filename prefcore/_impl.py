@@ -21,6 +21,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Impl]] = {
     "logprobs": {"cpu": "cpu", "cuda": "triton"},
     "sequence_reduce": {"cpu": "cpu", "cuda": "cuda"},
     "aggregate": {"cpu": "cpu", "cuda": "cuda"},
+    "gather_rows": {"cpu": "cpu", "cuda": "cuda"},
 }
 
 

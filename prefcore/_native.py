@@ -6,6 +6,11 @@ import functools
 import importlib
 from types import ModuleType
 
+import torch
+
+# prefcore::Type in csrc/core/number.h
+TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
 
 @functools.cache
 def load() -> ModuleType | None:

@@ -9,11 +9,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define PREFCORE_HD __host__ __device__ __forceinline__
-#else
-#define PREFCORE_HD inline
-#endif
+#include "core/portable.h"
 
 namespace prefcore {
 

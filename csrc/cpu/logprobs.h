@@ -5,9 +5,9 @@
 
 #include <stdint.h>
 
-namespace prefcore::cpu {
+#include "core/number.h"
 
-enum class Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+namespace prefcore::cpu {
 
 // "acc" is float, or double where the tile is double. Strides count elements; null pointers are absent
 // options.

@@ -27,8 +27,6 @@ import torch
 from prefcore import _native
 from prefcore.ops._spec import LogitSpec, Row
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-
 
 def stats(
     tile: torch.Tensor,
@@ -135,9 +133,9 @@ def _describe(
     known: int = len(Row),
 ) -> tuple[Any, torch.Tensor | None]:
     """Check the arguments and describe them to the extension; the second result must outlive the call."""
-    code = _CODES.get(tile.dtype)
+    code = _native.TYPE_CODES.get(tile.dtype)
     if code is None:
-        raise ValueError(f"tile must be one of {list(_CODES)}, got {tile.dtype}")
+        raise ValueError(f"tile must be one of {list(_native.TYPE_CODES)}, got {tile.dtype}")
     acc = torch.float64 if tile.dtype == torch.float64 else torch.float32
     _check("tile", tile, tile.dtype, (None, None))
     rows, columns = tile.shape
@@ -149,7 +147,7 @@ def _describe(
     if out is not None:
         narrowed = tile.dtype == torch.float32 and out.dtype in (torch.bfloat16, torch.float16)
         _check("out", out, out.dtype if narrowed else tile.dtype, (rows, columns))
-        out_pointer, out_stride, out_code = out.data_ptr(), out.stride(0), _CODES[out.dtype]
+        out_pointer, out_stride, out_code = out.data_ptr(), out.stride(0), _native.TYPE_CODES[out.dtype]
     if temperature is not None:
         _check("temperature", temperature, acc, (rows,))
     if bias is not None:
@@ -175,7 +173,7 @@ def _describe(
         spec.logit_scale,
         spec.temperature,
         0.0 if spec.softcap is None else spec.softcap,
-        code if spec.round_to is None else _CODES[spec.round_to],
+        code if spec.round_to is None else _native.TYPE_CODES[spec.round_to],
         spec.entropy,
         spec.mean,
         spec.squares,

@@ -1,8 +1,9 @@
 """The oracle of each op: the shortest readable PyTorch, in the dtype it is given, differentiable."""
 
 from prefcore.reference.aggregate import aggregate
+from prefcore.reference.gather_rows import gather_rows
 from prefcore.reference.linear_logprobs import linear_logprobs
 from prefcore.reference.logprobs import logprobs
 from prefcore.reference.sequence_reduce import sequence_reduce
 
-__all__ = ["aggregate", "linear_logprobs", "logprobs", "sequence_reduce"]
+__all__ = ["aggregate", "gather_rows", "linear_logprobs", "logprobs", "sequence_reduce"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import prefcore
-from prefcore import _native, reference
+from prefcore import reference
 
 MODES = ("sum", "mean", "discounted", "weighted")
 DTYPES = (torch.float32, torch.float64)
@@ -408,25 +408,3 @@ def test_refusals(error, text, change):
     if "impl" not in change:
         with pytest.raises(error, match=text):
             prefcore.sequence_reduce(**arguments, impl="reference")
-
-
-def test_cuda_kernels_neither_spill_nor_use_a_stack():
-    if not _native.has_cuda():
-        pytest.skip("prefcore._C was built without CUDA")
-    bundled = pytest.importorskip("triton", reason="cuobjdump comes with triton or with the CUDA toolkit")
-    tool = shutil.which("cuobjdump") or str(
-        pathlib.Path(bundled.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    )
-    report = subprocess.run(
-        [tool, "--dump-resource-usage", _native.require().__file__],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    usage = [line for line in report.splitlines() if "REG:" in line]
-    # Two directions, four modes, two dtypes, two team sizes, for each architecture of the build.
-    assert usage
-    assert len(usage) % 32 == 0
-    for line in usage:
-        assert "STACK:0" in line, line
-        assert "LOCAL:0" in line, line
