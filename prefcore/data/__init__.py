@@ -1,13 +1,18 @@
-"""Preference data: files, tokenised pairs, and the batches that scoring takes."""
+"""Preference data: files, tokenised pairs, and the packed batches that scoring takes."""
 
-from prefcore.data.pairs import PairCollator, PairDataset, tokenize_pairs
+from prefcore.data.packed import Layout, PackedBatch, PackedCollator, bin_pack, pack
+from prefcore.data.pairs import PairDataset, tokenize_pairs
 from prefcore.data.preferences import DataError, Preference, read_preferences, split_by_prompt
 
 __all__ = [
     "DataError",
-    "PairCollator",
+    "Layout",
+    "PackedBatch",
+    "PackedCollator",
     "PairDataset",
     "Preference",
+    "bin_pack",
+    "pack",
     "read_preferences",
     "split_by_prompt",
     "tokenize_pairs",

@@ -1,4 +1,4 @@
-"""Tokenised preference pairs, and right-padded batches of them."""
+"""Tokenised preference pairs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from prefcore.data.packed import Ids, token_ids
 from prefcore.data.preferences import DataError, Preference
 
 logger = logging.getLogger(__name__)
-
-Ids = np.ndarray  # int64 [length]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +39,7 @@ class PairDataset(Dataset):
     def __init__(self, pairs: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]) -> None:
         names = ("prompt", "chosen", "rejected")
         self._pairs = [
-            _Pair(*(_token_ids(f"pair {index}: the {name}", ids) for name, ids in zip(names, pair, strict=True)))
+            _Pair(*(token_ids(f"pair {index}: the {name}", ids) for name, ids in zip(names, pair, strict=True)))
             for index, pair in enumerate(pairs)
         ]
         self._reference: np.ndarray | None = None
@@ -58,6 +57,11 @@ class PairDataset(Dataset):
         if self._reference is not None:
             item["ref_chosen_logps"], item["ref_rejected_logps"] = self._reference[index].tolist()
         return item
+
+    def lengths(self) -> tuple[list[int], list[list[int]]]:
+        """Tokens of each pair's prompt, and of its two responses."""
+        pairs = self._pairs
+        return [len(p.prompt) for p in pairs], [[len(p.chosen), len(p.rejected)] for p in pairs]
 
     @property
     def has_reference(self) -> bool:
@@ -82,20 +86,6 @@ class PairDataset(Dataset):
         other = PairDataset(())
         other._pairs, other._reference = self._pairs, reference
         return other
-
-
-def _token_ids(what: str, ids: Sequence[int]) -> Ids:
-    array = np.asarray(ids)
-    if array.ndim != 1:
-        raise ValueError(f"{what} must be a flat sequence of token ids, got shape {array.shape}")
-    if array.size == 0:
-        raise ValueError(f"{what} has no token")
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{what} must hold integers, got {array.dtype}")
-    array = array.astype(np.int64, copy=False)
-    if array.min() < 0:
-        raise ValueError(f"{what} holds the token id {array.min()}")
-    return array
 
 
 def tokenize_pairs(
@@ -225,45 +215,3 @@ def _render(preference: Preference, tokenizer: Any) -> tuple[str, str, str]:
     if len(start) < len(bare):
         raise DataError("the chat template does not begin the conversation with its prompt")
     return start, full[0][len(start) :], full[1][len(start) :]
-
-
-class PairCollator:
-    """Collate items of a :class:`PairDataset` into one right-padded batch: the chosen ones first, then the
-    rejected.
-
-    Returns a dict of P pairs, S = 2P sequences and T response tokens:
-
-    - ``input_ids``, ``attention_mask``: int64 ``[S, L]``;
-    - ``rows``: int64 ``[T]``, the positions in the flattened ``[S * L]`` whose hidden states predict the
-      response;
-    - ``targets``: int64 ``[T]``, the response tokens; ``cu_seqlens``: int32 ``[S + 1]``, offsets into T;
-    - ``ref_chosen_logps``, ``ref_rejected_logps``: float32 ``[P]``, where the items have them.
-    """
-
-    def __init__(self, pad_token_id: int = 0) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        prompts = [item["prompt_ids"] for item in items] * 2
-        responses = [item["chosen_ids"] for item in items] + [item["rejected_ids"] for item in items]
-        prompt_lengths = np.fromiter(map(len, prompts), dtype=np.int64)
-        response_lengths = np.fromiter(map(len, responses), dtype=np.int64)
-        lengths = prompt_lengths + response_lengths
-        width = int(lengths.max())
-        mask = np.arange(width) < lengths[:, None]
-        input_ids = np.full(mask.shape, self.pad_token_id, dtype=np.int64)
-        input_ids[mask] = np.concatenate([part for pair in zip(prompts, responses, strict=True) for part in pair])
-        offsets = np.concatenate([[0], response_lengths.cumsum()])
-        before_first = np.arange(len(responses)) * width + prompt_lengths - 1
-        rows = np.repeat(before_first - offsets[:-1], response_lengths) + np.arange(offsets[-1])
-        batch = {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-            "rows": torch.from_numpy(rows),
-            "targets": torch.from_numpy(np.concatenate(responses)),
-            "cu_seqlens": torch.from_numpy(offsets.astype(np.int32)),
-        }
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            if name in items[0]:
-                batch[name] = torch.tensor([item[name] for item in items], dtype=torch.float32)
-        return batch

@@ -4,13 +4,12 @@ import json
 import logging
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from prefcore.data import (
     DataError,
-    PairCollator,
+    PackedCollator,
     PairDataset,
     Preference,
     read_preferences,
@@ -239,36 +238,14 @@ def test_messages_are_rendered_with_the_chat_template(tokenizer):
 
 
 @pytest.mark.quick
-def test_rows_predict_targets_for_random_lengths():
-    rng = np.random.default_rng(0)
-    for count in (1, 2, 5):
-        draw = lambda: rng.integers(1, 50, rng.integers(1, 9)).tolist()
-        data = [(draw(), draw(), draw()) for _ in range(count)]
-        pairs = PairDataset(data)
-        batch = PairCollator(pad_token_id=77)([pairs[i] for i in range(count)])
-        sequences = [(p, c) for p, c, _ in data] + [(p, r) for p, _, r in data]
-        width = max(len(p) + len(r) for p, r in sequences)
-        assert batch["input_ids"].shape == batch["attention_mask"].shape == (2 * count, width)
-        assert batch["cu_seqlens"].dtype == torch.int32
-        flat = batch["input_ids"].flatten()
-        for s, (prompt, response) in enumerate(sequences):
-            whole = prompt + response
-            assert batch["input_ids"][s].tolist() == whole + [77] * (width - len(whole))
-            assert batch["attention_mask"][s].tolist() == [1] * len(whole) + [0] * (width - len(whole))
-            start, stop = batch["cu_seqlens"][s : s + 2].tolist()
-            assert batch["targets"][start:stop].tolist() == response
-            assert flat[batch["rows"][start:stop]].tolist() == whole[len(prompt) - 1 : -1]
-
-
-@pytest.mark.quick
 def test_reference_log_probs_travel_with_the_pairs():
     pairs = PairDataset([([1], [2], [3]), ([4], [5], [6])])
     known = pairs.with_reference(torch.tensor([-1.5, -2.5]), torch.tensor([-3.0, -4.0]))
     assert known.has_reference
     assert not pairs.has_reference
-    batch = PairCollator()([known[1], known[0]])
-    assert batch["ref_chosen_logps"].tolist() == [-2.5, -1.5]
-    assert batch["ref_rejected_logps"].tolist() == [-4.0, -3.0]
+    (batch,) = PackedCollator()([known[1], known[0]])
+    assert batch.extras["ref_chosen_logps"].tolist() == [-2.5, -1.5]
+    assert batch.extras["ref_rejected_logps"].tolist() == [-4.0, -3.0]
     with pytest.raises(ValueError, match="expected 2 log-probs"):
         pairs.with_reference(torch.zeros(3), torch.zeros(3))
     with pytest.raises(ValueError, match="expected 2 log-probs"):
