@@ -6,17 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prefcore.hf.head import Head, final_hidden, find_head
-    from prefcore.hf.score import response_logps
+    from prefcore.hf.head import Head, find_head
+    from prefcore.hf.scoring import Scores, response_logps, score, token_logps
     from prefcore.hf.trainer import PreferenceTrainer
 
-__all__ = ["Head", "PreferenceTrainer", "final_hidden", "find_head", "response_logps"]
+__all__ = ["Head", "PreferenceTrainer", "Scores", "find_head", "response_logps", "score", "token_logps"]
 
 _HOMES = {
     "Head": "head",
-    "final_hidden": "head",
+    "Scores": "scoring",
     "find_head": "head",
-    "response_logps": "score",
+    "response_logps": "scoring",
+    "score": "scoring",
+    "token_logps": "scoring",
     "PreferenceTrainer": "trainer",
 }
 

@@ -118,12 +118,6 @@ def base_model(model: Any) -> Any:
     return model
 
 
-def final_hidden(head: Head, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Run the backbone: the hidden states ``[B, L, D]`` that the head would see."""
-    out = head.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return out.last_hidden_state
-
-
 def _refuse_unknown_module(module: Any, name: str) -> None:
     if type(module).forward is not nn.Linear.forward:
         hint = (
@@ -151,7 +145,8 @@ def _refuse_unknown_module(module: Any, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Turn dropout off for a while."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -181,7 +176,7 @@ def _compare(base: Any, module: nn.Linear, head: Head) -> None:
     device = base.get_input_embeddings().weight.device
     ids = (torch.arange(_PROBE_TOKENS, device=device) + 1).remainder(module.weight.shape[0])[None]
     mask = torch.ones_like(ids)
-    with _evaluating(base):
+    with evaluating(base):
         hook = module.register_forward_pre_hook(amplify)
         try:
             theirs = base(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -191,7 +186,7 @@ def _compare(base: Any, module: nn.Linear, head: Head) -> None:
             hook.remove()
         if not seen:
             raise NotImplementedError(f"{name} computes its logits without calling its output embeddings")
-        hidden = final_hidden(head, ids, mask)
+        hidden = head.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     if hidden.shape != seen[0].shape:
         raise NotImplementedError(
             f"the head of {name} sees {tuple(seen[0].shape)}, its backbone returns {tuple(hidden.shape)}"

@@ -9,8 +9,8 @@ from torch import nn
 pytest.importorskip("transformers")
 import transformers
 
-from prefcore.data import PairCollator, PairDataset
-from prefcore.hf import final_hidden, find_head, response_logps
+from prefcore.data import pack
+from prefcore.hf import find_head, response_logps
 
 SMALL = {
     "vocab_size": 61,
@@ -49,24 +49,23 @@ def make(name, **changes):
     return model
 
 
-def batch(pairs=3, seed=0):
+def examples(pairs=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    sizes = torch.randint(1, 7, (pairs, 3), generator=generator).tolist()
-    draw = lambda n: torch.randint(3, 61, (n,), generator=generator).tolist()
-    dataset = PairDataset([tuple(draw(n) for n in row) for row in sizes])
-    return PairCollator()([dataset[i] for i in range(pairs)])
+    draw = lambda: torch.randint(3, 61, (int(torch.randint(1, 7, (1,), generator=generator)),), generator=generator)
+    return [draw().tolist() for _ in range(pairs)], [[draw().tolist(), draw().tolist()] for _ in range(pairs)]
 
 
-def plain_logps(model, batch):
+def padded():
+    return pack(*examples(), sharing="off")
+
+
+def plain_logps(model, prompts, responses):
     """The same from the model's own logits, one sequence at a time, without padding."""
     sums = []
-    width = batch["input_ids"].shape[1]
-    for s in range(len(batch["cu_seqlens"]) - 1):
-        start, stop = batch["cu_seqlens"][s : s + 2].tolist()
-        rows = batch["rows"][start:stop] - s * width
-        ids = batch["input_ids"][s, : int(batch["attention_mask"][s].sum())]
-        logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-        sums.append(logps[rows, ids[rows + 1]].sum())
+    for prompt, group in zip(prompts, responses, strict=True):
+        for response in group:
+            logps = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            sums.append(logps.gather(1, torch.tensor(response)[:, None]).sum())
     return torch.stack(sums)
 
 
@@ -74,14 +73,13 @@ def plain_logps(model, batch):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logps_and_gradients_equal_those_of_the_models_own_logits(name):
     model = make(name).double()
-    examples = batch()
-    upstream = torch.linspace(-1, 2, len(examples["cu_seqlens"]) - 1, dtype=torch.float64)
-    expected = plain_logps(model, examples)
+    expected = plain_logps(model, *examples())
+    upstream = torch.linspace(-1, 2, len(expected), dtype=torch.float64)
     expected.backward(upstream)
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
 
-    got = response_logps(model, examples)
+    got = response_logps(model, padded())
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     got.backward(upstream)
     for key, parameter in model.named_parameters():
@@ -106,8 +104,7 @@ def test_the_head_has_what_the_config_says():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_probe_passes_in_half_precision(name, dtype):
     head = find_head(make(name).to(dtype))
-    ids = torch.arange(1, 7)[None]
-    assert head.logits(final_hidden(head, ids, torch.ones_like(ids))).shape == (1, 6, 61)
+    assert head.logits(torch.ones(1, 6, head.weight.shape[1], dtype=dtype)).shape == (1, 6, 61)
 
 
 def test_the_probe_leaves_the_model_as_it_was():
@@ -183,19 +180,18 @@ def test_a_changed_config_is_probed_again():
 def test_lora_on_the_layers_works_and_on_the_head_is_refused():
     peft = pytest.importorskip("peft")
     model = make("llama").double()
-    examples = batch()
-    before = response_logps(model, examples).detach()
+    before = response_logps(model, padded()).detach()
     lora = peft.get_peft_model(
         copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     ).double()
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
-    expected = plain_logps(lora, examples)
+    expected = plain_logps(lora, *examples())
     assert not torch.allclose(expected, before)
-    torch.testing.assert_close(response_logps(lora, examples), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(response_logps(lora, padded()), expected, rtol=1e-9, atol=1e-9)
     with lora.disable_adapter():
-        torch.testing.assert_close(response_logps(lora, examples), before, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(response_logps(lora, padded()), before, rtol=1e-9, atol=1e-9)
 
     for settings in (
         {"target_modules": ["lm_head"]},

@@ -1,0 +1,199 @@
+"""Log-probabilities of responses under a Hugging Face causal LM: only response rows meet the head."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import prefcore
+from prefcore.data.packed import PackedBatch, PackedCollator, Sharing
+from prefcore.hf.head import Head, base_model, evaluating, find_head
+
+
+class Hidden(NamedTuple):
+    """What a backbone makes of a batch."""
+
+    states: Tensor  # [N, D], final hidden states
+    aux_loss: Tensor | None  # of a mixture of experts whose config asks for its router's logits
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of the responses to each prompt, on the CPU.
+
+    Attributes:
+        token_logps: ``token_logps[i][j]`` float32 ``[length]``, of each token of response j to prompt i.
+        logps: ``logps[i]`` float32 ``[responses]``, their sums.
+    """
+
+    token_logps: list[list[Tensor]]
+    logps: list[Tensor]
+
+
+def score(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[Sequence[int]]],
+    *,
+    max_tokens: int = 8192,
+    sharing: Sharing = "share",
+    temperature: float = 1.0,
+    attention: str = "auto",
+) -> Scores:
+    """Score any number of responses to each of many prompts, without gradients and without dropout.
+
+    A prompt is run once for all its responses that fit ``max_tokens`` together, several prompts make one forward
+    pass, and only response tokens meet the head. Equal to ``model(prompt + response).logits.log_softmax(-1)`` at the
+    tokens of each response.
+
+    Args:
+        model: a causal LM, bare or wrapped by PEFT; see :func:`prefcore.hf.find_head` for what is refused.
+        prompts: G token-id sequences, none of them empty.
+        responses: for each prompt its responses, perhaps none; none of them empty.
+        max_tokens: the most tokens of one forward pass, padding included.
+        sharing: as :func:`prefcore.data.pack` has it.
+        temperature: divides the logits.
+        attention: as :func:`prefcore.hf.attention.run_packed` has it.
+
+    Raises:
+        ValueError: an empty prompt or response, ids that are no flat sequences of integers from 0 on, or a prompt
+            that with one response has more than ``max_tokens`` tokens.
+        NotImplementedError: a model that cannot be packed (``sharing="off"`` pads instead), or what ``find_head``
+            refuses.
+    """
+    if len(prompts) != len(responses):
+        raise ValueError(f"expected the responses of each prompt, got {len(prompts)} prompts and {len(responses)}")
+    collate = PackedCollator(sharing, max_tokens)
+    items: list[dict[str, Any]] = []
+    places: list[tuple[int, int]] = []  # of each item its prompt and its first response
+    for number, (prompt, answers) in enumerate(zip(prompts, responses, strict=True)):
+        for first, last in _fitting(number, prompt, answers, max_tokens, sharing):
+            items.append({"prompt_ids": prompt, "response_ids": answers[first:last]})
+            places.append((number, first))
+    found: list[list[Tensor]] = [[torch.zeros(0)] * len(answers) for answers in responses]
+    device = base_model(model).get_input_embeddings().weight.device
+    with torch.no_grad(), evaluating(model):
+        for batch in collate(items) if items else ():
+            logps = token_logps(model, batch.to(device), temperature=temperature, attention=attention)
+            parts = logps.float().cpu().split(batch.cu_seqlens.diff().tolist())
+            ends = batch.cu_groups.tolist()
+            for group, item in enumerate(batch.index.tolist()):
+                number, first = places[item]
+                mine = parts[ends[group] : ends[group + 1]]
+                found[number][first : first + len(mine)] = mine
+    sums = [torch.stack([part.sum() for part in group]) if group else torch.zeros(0) for group in found]
+    return Scores(found, sums)
+
+
+def _fitting(
+    number: int, prompt: Sequence[int], answers: Sequence[Sequence[int]], max_tokens: int, sharing: str
+) -> list[tuple[int, int]]:
+    """Runs of a prompt's responses that fit the budget together."""
+    runs: list[tuple[int, int]] = []
+    tokens = 0
+    width = len(prompt) + max(map(len, answers), default=0)
+    for j, answer in enumerate(answers):
+        each = {"share": len(answer), "pack": len(prompt) + len(answer), "off": width}[sharing]
+        once = len(prompt) if sharing == "share" else 0
+        if len(prompt) + len(answer) > max_tokens:
+            raise ValueError(
+                f"prompt {number} with response {j} has {len(prompt) + len(answer)} tokens, more than "
+                f"max_tokens={max_tokens}"
+            )
+        if runs and tokens + each <= max_tokens:
+            runs[-1] = (runs[-1][0], j + 1)
+            tokens += each
+        else:
+            runs.append((j, j + 1))
+            tokens = once + each
+    return runs
+
+
+def response_logps(
+    model: nn.Module,
+    batch: PackedBatch,
+    *,
+    mode: Literal["sum", "mean"] = "sum",
+    temperature: float = 1.0,
+    attention: str = "auto",
+) -> Tensor:
+    """Log-probability of each response of a batch, differentiable in the model's parameters.
+
+    Equal to summing (``mode="sum"``) or averaging (``"mean"``) ``model(...).logits.log_softmax(-1)`` at the
+    scored tokens of each response, without the logits of the whole batch.
+
+    Args:
+        model: a causal LM, bare or wrapped by PEFT; see :func:`prefcore.hf.find_head` for what is refused.
+        batch: of :func:`prefcore.data.pack` or :class:`prefcore.data.PackedCollator`, on the model's device.
+        mode: ``"sum"`` or ``"mean"`` over the scored tokens of a response.
+        temperature: divides the logits.
+        attention: as :func:`prefcore.hf.attention.run_packed` has it.
+
+    Returns:
+        ``[S]``, float32 (float64 for a float64 model), group by group.
+    """
+    logps = token_logps(model, batch, temperature=temperature, attention=attention)
+    return prefcore.sequence_reduce(logps, batch.cu_seqlens.to(logps.device), mode)
+
+
+def token_logps(model: nn.Module, batch: PackedBatch, *, temperature: float = 1.0, attention: str = "auto") -> Tensor:
+    """Log-probability of each scored token ``[T]``; arguments as :func:`response_logps`."""
+    head = find_head(model)
+    return head_logps(head, run_backbone(head, batch, attention).states, batch, temperature)
+
+
+def head_logps(head: Head, states: Tensor, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each scored token ``[T]``, of the backbone's hidden states ``[N, D]``."""
+    rows = states.index_select(0, batch.rows.to(states.device))
+    device = head.weight.device
+    return prefcore.linear_logprobs(
+        rows.to(device),
+        head.weight,
+        batch.targets.to(device),
+        bias=head.bias,
+        temperature=temperature,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+    ).logps
+
+
+def run_backbone(head: Head, batch: PackedBatch, attention: str = "auto") -> Hidden:
+    """The final hidden states of a batch, and the loss of its experts' routers.
+
+    That loss counts each token once: padding and further copies of a prompt are left out.
+    """
+    backbone: Any = head.backbone
+    layout = batch.layout
+    if batch.sharing == "off":
+        if attention not in ("auto", "model"):
+            raise NotImplementedError(f"a padded batch runs the model's own attention, not {attention!r}")
+        ids = batch.input_ids.view(-1, layout.width)
+        out = backbone(input_ids=ids, attention_mask=layout.padding_mask(ids.device), use_cache=False)
+    else:
+        from prefcore.hf.attention import run_packed
+
+        out = run_packed(backbone, batch, attention)
+    return Hidden(out.last_hidden_state.flatten(0, 1), _router_loss(backbone, out, batch))
+
+
+def _router_loss(backbone: Any, out: Any, batch: PackedBatch) -> Tensor | None:
+    """The load-balancing loss as the model's own causal LM takes it, times its coefficient."""
+    config = backbone.config.get_text_config()
+    logits = getattr(out, "router_logits", None)
+    if not getattr(config, "output_router_logits", False) or not logits:
+        return None
+    function = getattr(sys.modules[type(backbone).__module__], "load_balancing_loss_func", None)
+    experts = next(
+        (getattr(config, n) for n in ("num_experts", "num_local_experts", "n_routed_experts") if hasattr(config, n)),
+        None,
+    )
+    if function is None or experts is None:
+        raise NotImplementedError(f"{type(backbone).__name__} gives router logits and has no load_balancing_loss_func")
+    counted = None
+    if batch.layout.repeats is not None:
+        counted = torch.from_numpy(~batch.layout.repeats).to(batch.input_ids.device)
+        counted = counted.view(-1, batch.layout.width or batch.layout.tokens)
+    return config.router_aux_loss_coef * function(logits, experts, config.num_experts_per_tok, counted)
