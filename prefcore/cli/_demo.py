@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from prefcore.cli import train
-from prefcore.data import PairCollator, PairDataset, Preference, tokenize_pairs
+from prefcore.data import PackedCollator, PairDataset, Preference, tokenize_pairs
 
 # From light to heavy: the typical weight of an adult in kilograms.
 ANIMALS = {
@@ -175,15 +175,15 @@ def _fine_tune(model: Any, tokenizer: Any, prompts: list[str], steps: int) -> No
 
     from prefcore.hf import response_logps
 
-    pairs, collate = _pairs(prompts, tokenizer), PairCollator(tokenizer.pad_token_id)
+    pairs, collate = _pairs(prompts, tokenizer), PackedCollator()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1, pct_start=0.1)
     generator = torch.Generator().manual_seed(0)
     model.train()
     for _ in trange(steps, desc="   fine-tuning", disable=not sys.stderr.isatty()):
         chosen = torch.randint(len(pairs), (_TUNING_BATCH,), generator=generator).tolist()
-        batch = collate([pairs[i] for i in chosen])
-        loss = -response_logps(model, batch).sum() / batch["targets"].numel()
+        (batch,) = collate([pairs[i] for i in chosen])
+        loss = -response_logps(model, batch).sum() / batch.targets.numel()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -198,7 +198,8 @@ def _examine(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[dict[str, 
 
     model.eval()
     pairs = _pairs(prompts, tokenizer)
-    chosen, rejected = response_logps(model, PairCollator()([pairs[i] for i in range(len(pairs))])).chunk(2)
+    (batch,) = PackedCollator()([pairs[i] for i in range(len(pairs))])
+    chosen, rejected = response_logps(model, batch).view(-1, 2).unbind(1)
     greedy, sampled = (_generate(model, tokenizer, prompts, sample) for sample in (False, True))
     follows = lambda answers: sum(map(str.__eq__, answers, map(answer, prompts))) / len(prompts)
     orderly = [a in (answer(p), opposite(p)) for p, a in zip(prompts, sampled, strict=True)]

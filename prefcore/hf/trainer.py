@@ -16,10 +16,12 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+import prefcore
 from prefcore import losses
-from prefcore.data import PairCollator, PairDataset
+from prefcore.data import PackedBatch, PackedCollator, PairDataset
+from prefcore.data.packed import Sharing
 from prefcore.hf.head import find_head
-from prefcore.hf.score import response_logps
+from prefcore.hf.scoring import head_logps, response_logps, run_backbone
 
 _ITEM = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
@@ -38,25 +40,35 @@ class PreferenceTrainer(Trainer):
     disabled, a frozen copy of the model as it comes. With ``precompute_reference`` its log-probs are computed
     once, here, and no second model stays in memory.
 
+    Batches are packed and their prompts shared (``sharing="share"``), so that ``per_device_train_batch_size`` counts
+    pairs and ``max_tokens`` bounds a forward pass: a batch that is larger runs as several, of about the same size,
+    with the same gradients. The loss of a mixture of experts' routers is added where the model's config has
+    ``output_router_logits``; it is logged as ``aux_loss``, counts each token once, and is left out of ``eval_loss``.
+
     Args:
         model: a causal LM of transformers, bare or wrapped by PEFT; see :func:`prefcore.hf.find_head`.
         args: as Trainer's.
         train_dataset: of :func:`prefcore.data.tokenize_pairs`.
         eval_dataset: the same, or a dict of several.
-        processing_class: the tokenizer, saved beside the model; its padding token fills batches.
+        processing_class: the tokenizer, saved beside the model; its padding token fills padded batches.
         loss: a name in the registry of :mod:`prefcore.losses`.
         beta: strength of the tie to the reference; the scale of the logged rewards.
         loss_args: further arguments of the loss; a ``beta`` among them replaces ``beta``, in the rewards too.
         ref_model: the reference; it is frozen and moved to the device.
         precompute_reference: see above.
+        sharing: ``"share"``, ``"pack"`` or ``"off"``, see :func:`prefcore.data.pack`.
+        max_tokens: the most tokens of model input in a forward pass; None: all pairs of a batch at once.
+        attention: the backend of packed batches, see :func:`prefcore.hf.attention.run_packed`.
         disable_dropout: set every dropout of the model to zero, so that policy and reference are comparable.
         **kwargs: Trainer's other arguments (``callbacks``, ``optimizers``, ...).
 
     Raises:
         TypeError: a dataset that is no ``PairDataset``, a switch that is no bool, or arguments the loss does not
             know.
-        ValueError: a loss that is not registered, a reference for a loss without one, or a dataset without pairs.
-        NotImplementedError: FSDP, ZeRO-3 and torch_compile, and what ``find_head`` refuses.
+        ValueError: a loss that is not registered, a reference for a loss without one, a dataset without pairs, or a
+            pair of more than ``max_tokens``.
+        NotImplementedError: FSDP, ZeRO-3 and torch_compile, ``max_tokens`` with DeepSpeed, a model that cannot be
+            packed (``sharing="off"`` pads instead), and what ``find_head`` refuses.
     """
 
     def __init__(
@@ -73,6 +85,9 @@ class PreferenceTrainer(Trainer):
         ref_model: nn.Module | None = None,
         precompute_reference: bool = False,
         disable_dropout: bool = True,
+        sharing: Sharing = "share",
+        max_tokens: int | None = None,
+        attention: str = "auto",
         **kwargs: Any,
     ) -> None:
         for name, value in (("precompute_reference", precompute_reference), ("disable_dropout", disable_dropout)):
@@ -112,20 +127,38 @@ class PreferenceTrainer(Trainer):
             find_head(self._ref_model)
             self._ref_model.requires_grad_(False).eval()
         pad = getattr(processing_class, "pad_token_id", None)
-        collator = kwargs.pop("data_collator", None) or PairCollator(0 if pad is None else pad)
+        collator = kwargs.pop("data_collator", None)
+        if collator is None:
+            collator = PackedCollator(sharing, max_tokens, 0 if pad is None else pad)
+            for dataset in (train_dataset, *_each(eval_dataset)):
+                if dataset is not None:
+                    collator.sizes(*dataset.lengths())
         super().__init__(model, args, collator, train_dataset, eval_dataset, processing_class, **kwargs)
         if self.is_fsdp_enabled or (self.is_deepspeed_enabled and _zero_stage(self.accelerator) == 3):
             raise NotImplementedError(
                 "FSDP and ZeRO-3 shard the head, which prefcore does not yet; use DDP or ZeRO-1/2"
             )
+        if max_tokens is not None and self.is_deepspeed_enabled:
+            raise NotImplementedError(
+                "max_tokens runs several backward passes a batch, which DeepSpeed counts as steps"
+            )
+        self._attention = attention
         # One process with several GPUs would be nn.DataParallel, which cannot split these batches.
         self.args._n_gpu = min(self.args.n_gpu, 1)
         self._train_batch_size = self.args.train_batch_size
         # The loss is divided by the step's pairs here: Trainer must not divide it by its micro-batches.
         self.model_accepts_loss_kwargs = True
         self._totals: dict[str, tuple[list[str], Tensor]] = {}
+        self._parameters = sum(p.numel() for p in model.parameters())
         if self._ref_model is not None and not hasattr(self._ref_model, "hf_device_map"):
             self._ref_model.to(self.args.device)
+        if sharing != "off":
+            from prefcore.hf.attention import check
+
+            for each in (self.model, self._ref_model):
+                if each is not None:
+                    with self.accelerator.autocast():
+                        check(find_head(each).backbone, sharing, attention)
         if self._needs_reference and precompute_reference:
             self.train_dataset = self._with_reference(self.train_dataset, "train")
             if isinstance(self.eval_dataset, dict):
@@ -134,28 +167,51 @@ class PreferenceTrainer(Trainer):
                 self.eval_dataset = self._with_reference(self.eval_dataset, "eval")
             self._ref_model = None
 
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: list[PackedBatch],  # type: ignore[override]
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        if num_items_in_batch is None:
+            num_items_in_batch = _pairs(inputs) * self.accelerator.num_processes
+        losses = []
+        for number, batch in enumerate(inputs, start=1):
+            # Ranks may have different numbers of batches: they meet in the last one's backward pass only.
+            with nullcontext() if number == len(inputs) else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, [batch], num_items_in_batch))  # type: ignore[arg-type]
+        return torch.stack(losses).sum()
+
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: list[PackedBatch],  # type: ignore[override]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        logps = _inside_forward(model, self.model, functools.partial(self._score, self.model), inputs)
-        per_pair, metrics = self._terms(logps, inputs)
         if num_items_in_batch is None:
-            loss = per_pair.mean()
-        else:
+            num_items_in_batch = _pairs(inputs) * self.accelerator.num_processes
+        loss: Any = 0.0
+        outputs = []
+        for batch in inputs:
+            run = functools.partial(self._score_with_routers, self.model)
+            logps, aux_loss = _inside_forward(model, self.model, run, batch)
+            per_pair, metrics = self._terms(logps, batch)
+            total = per_pair.sum()
+            if aux_loss is not None:
+                total = total + aux_loss * len(per_pair)
+                metrics["aux_loss"] = aux_loss.detach().expand(len(per_pair))
             # The ranks' gradients are averaged, the pairs are all ranks' own.
-            loss = per_pair.sum() * (self.accelerator.num_processes / num_items_in_batch)
-        self._add("train", metrics)
-        return (loss, {"logps": logps.detach()}) if return_outputs else loss
+            loss = loss + total * (self.accelerator.num_processes / num_items_in_batch)
+            self._add("train", metrics)
+            outputs.append(logps.detach())
+        return (loss, {"logps": outputs}) if return_outputs else loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pairs: Any = sum(_pairs(batch) for batch in batches)
+        pairs: Any = sum(map(_pairs, batches))
         if self.accelerator.num_processes > 1:
             pairs = self.accelerator.reduce(torch.tensor(pairs, device=device), "sum")
         return batches, pairs
@@ -163,18 +219,21 @@ class PreferenceTrainer(Trainer):
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: list[PackedBatch],  # type: ignore[override]
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
+        rows = []
         with torch.no_grad():
-            per_pair, metrics = self._terms(self._score(self.model, inputs), inputs)
-        # The last batch of a distributed evaluation repeats pairs, which the gathering leaves out.
-        table = torch.stack([per_pair, *metrics.values()], dim=1)
+            for batch in self._prepare_inputs(inputs):
+                per_pair, metrics = self._terms(self._score(self.model, batch), batch)
+                rows.append(torch.stack([per_pair, *metrics.values()], dim=1))
+        # The last batch of a distributed evaluation repeats pairs, which the gathering leaves out; it takes them to be
+        # the last ones, hence the dataset's order.
+        table = torch.cat(rows)[torch.cat([batch.index for batch in inputs]).argsort().to(rows[0].device)]
         table = self.accelerator.gather_for_metrics(table)
         self._add("eval", dict(zip(["loss", *metrics], table.unbind(1), strict=True)))
-        return per_pair.mean(), None, None
+        return torch.cat(rows)[:, 0].mean(), None, None
 
     def evaluation_loop(
         self,
@@ -197,42 +256,56 @@ class PreferenceTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = list(_ITEM)
 
-    def _score(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        with self.accelerator.autocast():
-            return response_logps(model, inputs)
+    def floating_point_ops(self, inputs: Any) -> int:
+        # 6 flops per parameter and token, as transformers counts.
+        return 6 * sum(batch.input_ids.numel() for batch in inputs) * self._parameters
 
-    def _reference_logps(self, inputs: dict[str, Tensor]) -> Tensor:
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return [batch.to(self.args.device) for batch in inputs]
+
+    def _score(self, model: Any, batch: PackedBatch) -> Tensor:
+        with self.accelerator.autocast():
+            return response_logps(model, batch, attention=self._attention)
+
+    def _score_with_routers(self, model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        with self.accelerator.autocast():
+            head = find_head(model)
+            hidden = run_backbone(head, batch, self._attention)
+            logps = head_logps(head, hidden.states, batch)
+        return prefcore.sequence_reduce(logps, batch.cu_seqlens.to(logps.device), "sum"), hidden.aux_loss
+
+    def _reference_logps(self, batch: PackedBatch) -> Tensor:
         """``[S]`` of the reference, where the batch has none of its own."""
         model: Any = self.model
         with torch.no_grad():
             if self._ref_model is not None:
-                return self._score(self._ref_model, inputs)
+                return self._score(self._ref_model, batch)
             training = model.training
             model.eval()
             try:
                 with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-                    return self._score(model, inputs)
+                    return self._score(model, batch)
             finally:
                 model.train(training)
 
-    def _terms(self, logps: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(self, logps: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each pair ``[P]`` and its metrics, each ``[P]`` and detached."""
-        policy = logps.chunk(2)
+        policy = _sides(logps)
         # Without a reference, rewards are beta times the log-probs, as in TRL.
         reference = [torch.zeros_like(part) for part in policy]
         if self._needs_reference:
-            reference = self._reference_of(inputs)
+            reference = self._reference_of(batch)
         arguments = (*policy, *reference) if self._needs_reference else policy
-        lengths = _lengths(self._method, self._loss_args, inputs["cu_seqlens"])
+        lengths = _lengths(self._method, self._loss_args, batch.cu_seqlens)
         per_pair = self._method.function(*arguments, **self._loss_args, **lengths)
         return per_pair, losses.preference_metrics(*policy, *reference, beta=self._beta).named()
 
-    def _reference_of(self, inputs: dict[str, Tensor]) -> list[Tensor]:
-        if _REFERENCE[0] in inputs:
-            return [inputs[name] for name in _REFERENCE]
+    def _reference_of(self, batch: PackedBatch) -> list[Tensor]:
+        if _REFERENCE[0] in batch.extras:
+            return [batch.extras[name] for name in _REFERENCE]
         if self._ref_model is None and not hasattr(self.model, "disable_adapter"):
             raise RuntimeError("this dataset has no reference log-probs, and the reference is gone; see with_reference")
-        return list(self._reference_logps(inputs).chunk(2))
+        return _sides(self._reference_logps(batch))
 
     def _with_reference(self, dataset: Any, name: str) -> Any:
         if dataset is None or dataset.has_reference:
@@ -243,11 +316,11 @@ class PreferenceTrainer(Trainer):
         loader = DataLoader(Subset(dataset, mine), batch_size=size, collate_fn=self.data_collator)
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
         done = 0
-        for batch in tqdm(loader, desc=f"reference ({name})", disable=hidden, leave=False):
-            chosen_rejected = self._reference_logps(self._prepare_inputs(batch)).view(2, -1).T
-            index = torch.tensor(mine[done : done + len(chosen_rejected)], device=logps.device)
-            logps[index] = chosen_rejected.to(logps)
-            done += len(chosen_rejected)
+        for batches in tqdm(loader, desc=f"reference ({name})", disable=hidden, leave=False):
+            for batch in self._prepare_inputs(batches):
+                index = torch.tensor(mine, device=logps.device)[done + batch.index]
+                logps[index] = self._reference_logps(batch).view(-1, 2).to(logps)
+            done += _pairs(batches)
         if self.accelerator.num_processes > 1:
             logps = self.accelerator.reduce(logps, "sum")
         return dataset.with_reference(*logps.unbind(1))
@@ -274,9 +347,9 @@ class PreferenceTrainer(Trainer):
 def _inside_forward(
     wrapped: nn.Module,
     inner: Any,
-    function: Callable[[dict[str, Tensor]], Tensor],
-    inputs: dict[str, Tensor],
-) -> Tensor:
+    function: Callable[[PackedBatch], Any],
+    inputs: PackedBatch,
+) -> Any:
     """``function(inputs)``, called where ``wrapped`` calls ``inner.forward``.
 
     DDP prepares its gradient buckets in its own forward, and looks at what comes out of it for the parameters
@@ -291,7 +364,7 @@ def _inside_forward(
         else:
             inner.forward = replaced
 
-    def once(batch: dict[str, Tensor]) -> Tensor:
+    def once(batch: PackedBatch) -> Any:
         restore()
         return function(batch)
 
@@ -302,8 +375,13 @@ def _inside_forward(
         restore()
 
 
-def _pairs(batch: Mapping[str, Tensor]) -> int:
-    return (batch["cu_seqlens"].numel() - 1) // 2
+def _pairs(batches: list[PackedBatch]) -> int:
+    return sum(batch.cu_groups.numel() - 1 for batch in batches)
+
+
+def _sides(values: Tensor) -> list[Tensor]:
+    """The chosen and the rejected of ``[2P]`` values of pairs, each ``[P]``."""
+    return list(values.view(-1, 2).unbind(1))
 
 
 def _each(dataset: Any) -> tuple[Any, ...]:
@@ -360,4 +438,4 @@ def _lengths(method: losses.Method, settings: Mapping[str, Any], cu_seqlens: Ten
     """The numbers of response tokens ``[P]``, for a loss that wants them."""
     if "lengths" not in method.needs and not settings.get("length_normalize"):
         return {}
-    return dict(zip(("chosen_lengths", "rejected_lengths"), cu_seqlens.diff().chunk(2), strict=True))
+    return dict(zip(("chosen_lengths", "rejected_lengths"), _sides(cu_seqlens.diff()), strict=True))

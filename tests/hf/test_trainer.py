@@ -17,7 +17,7 @@ import transformers
 from transformers import TrainingArguments
 
 from prefcore import losses
-from prefcore.data import PairCollator, PairDataset
+from prefcore.data import PackedCollator, PairDataset
 from prefcore.hf import PreferenceTrainer, response_logps
 
 METRICS = [
@@ -89,11 +89,16 @@ def run(path, model, pairs, eval_pairs=None, settings=None, **kwargs):
     return trainer, getattr(keeper, "kept", None)
 
 
+def padded(pairs):
+    (batch,) = PackedCollator("off")([pairs[i] for i in range(len(pairs))])
+    return batch
+
+
 def dpo_by_hand(model, reference, pairs, beta=0.1):
-    batch = PairCollator()([pairs[i] for i in range(len(pairs))])
+    batch = padded(pairs)
     with torch.no_grad():
-        ref_chosen, ref_rejected = response_logps(reference, batch).chunk(2)
-    chosen, rejected = response_logps(model, batch).chunk(2)
+        ref_chosen, ref_rejected = response_logps(reference, batch).view(-1, 2).unbind(1)
+    chosen, rejected = response_logps(model, batch).view(-1, 2).unbind(1)
     rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
     loss = F.softplus(rewards[1] - rewards[0]).mean()
     columns = [*rewards, rewards[0] - rewards[1], (rewards[0] > rewards[1]).float(), chosen, rejected]
@@ -168,9 +173,8 @@ def test_every_kind_of_reference_gives_the_same_step(tmp_path):
     assert_same(precomputed, expected)
     assert trainer._ref_model is None
 
-    batch = PairCollator()([pairs[i] for i in range(8)])
     with torch.no_grad():
-        known = pairs.with_reference(*response_logps(reference, batch).chunk(2))
+        known = pairs.with_reference(*response_logps(reference, padded(pairs)).view(-1, 2).unbind(1))
     _, given = run(tmp_path, make_model(0), known, settings=settings)
     assert_same(given, expected)
 
@@ -299,8 +303,8 @@ def test_several_gpus_in_one_process_do_not_enlarge_the_batch(tmp_path):
     args._n_gpu = 2
     trainer = PreferenceTrainer(make_model(), args, make_pairs(16))
     assert trainer.args.n_gpu == 1
-    batch = next(iter(trainer.get_train_dataloader()))
-    assert len(batch["cu_seqlens"]) - 1 == 2 * 4
+    (batch,) = next(iter(trainer.get_train_dataloader()))
+    assert len(batch.cu_seqlens) - 1 == 2 * 4
     assert trainer.get_total_train_batch_size(trainer.args) == 4
 
 
@@ -392,7 +396,7 @@ def test_bad_arguments_are_refused(tmp_path):
     for datasets in ((PairDataset(()),), (pairs, {"held out": PairDataset(())})):
         with pytest.raises(ValueError, match="holds no pair"):
             PreferenceTrainer(model, args, *datasets)
-    assert isinstance(PreferenceTrainer(model, args, pairs, data_collator=None).data_collator, PairCollator)
+    assert isinstance(PreferenceTrainer(model, args, pairs, data_collator=None).data_collator, PackedCollator)
     trainer = PreferenceTrainer(model, args, pairs, precompute_reference=True)
     with pytest.raises(RuntimeError, match="with_reference"):
         trainer.evaluate(make_pairs(4))
