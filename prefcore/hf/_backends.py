@@ -109,38 +109,31 @@ def _keys(layout: Layout) -> np.ndarray:
 
 
 def flex_plan(layout: Layout, device: torch.device, windows: frozenset[int | None]) -> FlexPlan:
-    """Block masks made from the extremes of each block, not from N * N single entries."""
     segment, position = layout.of_tokens()
-    start, length = layout.context_starts[segment], layout.context_lengths[segment]
-    tensors = [torch.from_numpy(a.astype(np.int32)).to(device) for a in (segment, start, start + length, position)]
-    return FlexPlan({w: _block_mask(layout, segment, position, tensors, w) for w in windows | {None}})
+    start = layout.context_starts[segment]
+    tokens = (segment, start, start + layout.context_lengths[segment], position)
+    return FlexPlan({w: _block_mask(*(_to_device(x, device) for x in tokens), w) for w in windows | {None}})
 
 
-def _block_mask(
-    layout: Layout, segment: np.ndarray, position: np.ndarray, tensors: list[Tensor], window: int | None
-) -> Any:
+def _block_mask(segment: Tensor, start: Tensor, end: Tensor, position: Tensor, window: int | None) -> Any:
+    """From the extremes of each block, not from N * N single entries; all arguments int32 ``[N]``."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    seg, begins, ends, pos = tensors
-
     def attends(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = (seg[q] == seg[k]) & (k <= q)
-        allowed = own | ((k >= begins[q]) & (k < ends[q]))
-        return allowed if window is None else allowed & (pos[q] - pos[k] < window)
+        own = (segment[q] == segment[k]) & (k <= q)
+        allowed = own | ((k >= start[q]) & (k < end[q]))
+        return allowed if window is None else allowed & (position[q] - position[k] < window)
 
-    n = layout.tokens
-    edges = np.arange(0, n, _TILE)
-    low = functools.partial(np.minimum.reduceat, indices=edges)
-    high = functools.partial(np.maximum.reduceat, indices=edges)
-    first, last = edges, np.minimum(edges + _TILE, n) - 1
-    start, end = (
-        extreme[segment] for extreme in (layout.context_starts, layout.context_starts + layout.context_lengths)
-    )
+    n = len(segment)
+    first = torch.arange(0, n, _TILE, device=segment.device)
+    last = (first + _TILE).clamp(max=n) - 1
+    low = lambda x, fill: F.pad(x, (0, -n % _TILE), value=fill).view(-1, _TILE).amin(1)
+    high = lambda x, fill: F.pad(x, (0, -n % _TILE), value=fill).view(-1, _TILE).amax(1)
     one = segment[first] == segment[last]  # blocks that lie within one segment
     # Some entry may count: segments go up along the row, so they meet where the keys' last is not below the
-    # queries' first; and contexts of several segments are taken together.
+    # queries' first; and the contexts of several segments are taken together.
     partial = (first <= last[:, None]) & (segment[last] >= segment[first][:, None])
-    begin, stop = low(np.where(end > start, start, n)), high(np.where(end > start, end, 0))
+    begin, stop = low(torch.where(end > start, start, n), n), high(torch.where(end > start, end, 0), 0)
     partial |= (first < stop[:, None]) & (last >= begin[:, None])
     # Every entry counts: the keys are wholly before the queries in one segment, or wholly in its context.
     own = one & (segment[first] == segment[first][:, None]) & (last <= first[:, None])
@@ -148,24 +141,20 @@ def _block_mask(
     whole = last - first + 1 == _TILE
     full = one[:, None] & (own | context) & whole & whole[:, None]
     if window is not None:
-        # Positions differ from places by one number per segment, so extremes are those of the block.
-        near = low(position)[:, None] - high(position)[None]
-        far = high(position)[:, None] - low(position)[None]
-        partial &= near < window
-        full &= far < window
+        closest = low(position, n)[:, None] - high(position, 0)
+        farthest = high(position, 0)[:, None] - low(position, n)
+        partial &= closest < window
+        full &= farthest < window
     partial &= ~full
-    device = seg.device
-    counts = [_blocks(part, device) for part in (partial, full)]
     return BlockMask.from_kv_blocks(
-        *counts[0], *counts[1], BLOCK_SIZE=_TILE, mask_mod=attends, seq_lengths=(n, n), compute_q_blocks=True
+        *_blocks(partial), *_blocks(full), BLOCK_SIZE=_TILE, mask_mod=attends, seq_lengths=(n, n)
     )
 
 
-def _blocks(grid: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each row of blocks the number of True ones and their columns, those first; int32 [1, 1, ...]."""
-    counts = grid.sum(axis=1)
-    columns = np.argsort(~grid, axis=1, kind="stable")
-    return tuple(torch.from_numpy(a.astype(np.int32))[None, None].to(device) for a in (counts, columns))  # type: ignore[return-value]
+def _blocks(grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of blocks the number of True ones, and all columns, those first; int32 [1, 1, ...]."""
+    columns = grid.int().argsort(dim=1, descending=True, stable=True)
+    return grid.sum(1, dtype=torch.int32)[None, None], columns.int()[None, None]
 
 
 def dense_plan(layout: Layout, device: torch.device, windows: frozenset[int | None]) -> DensePlan:
@@ -451,8 +440,8 @@ def choose(name: str, needs: Needs, device: torch.device, dtype: torch.dtype, gr
         NotImplementedError: the named backend cannot do it; the text says why.
     """
     if name == "auto":
-        if device.type == "cpu":
-            return "sdpa"  # FlexAttention would compile for minutes, and has no backward there
+        if device.type != "cuda":
+            return "sdpa"  # on a CPU FlexAttention compiles for long, and has no backward
         return next(key for key, backend in BACKENDS.items() if backend.lacks(needs, device, dtype, grad) is None)
     if name not in BACKENDS:
         raise ValueError(f"attention must be one of {('auto', *BACKENDS)}, got {name!r}")

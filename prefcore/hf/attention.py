@@ -121,6 +121,7 @@ class _Switch:
         }
         self.configs = list(found.values())
         self.checkpointing = [module for module in modules if hasattr(module, "gradient_checkpointing")]
+        self.found: dict[tuple, Needs | str] = {}  # by use, what check() found of this model
         self._wrapped: dict[int, tuple[Callable, Callable]] = {}
 
     @contextlib.contextmanager
@@ -253,12 +254,15 @@ def check(backbone: Any, sharing: str, attention: str = "auto") -> Needs:
     Raises:
         ValueError, NotImplementedError: as :func:`run_packed`.
     """
-    device = next(backbone.parameters()).device.type
-    config = json.dumps(backbone.config.to_diff_dict(), sort_keys=True, default=str)
-    key = (type(backbone), config, sharing, attention, device, _dtype(backbone))
-    if key not in _probed:
-        _probed[key] = _probe(backbone, _switch(backbone), sharing, attention)
-    found = _probed[key]
+    switch = _switch(backbone)
+    use = (sharing, attention, next(backbone.parameters()).device.type, _dtype(backbone))
+    if use not in switch.found:
+        config = json.dumps(backbone.config.to_diff_dict(), sort_keys=True, default=str)
+        key = (type(backbone), config, *use)
+        if key not in _probed:
+            _probed[key] = _probe(backbone, switch, sharing, attention)
+        switch.found[use] = _probed[key]
+    found = switch.found[use]
     if isinstance(found, str):
         kind = "shares its prompts" if sharing == "share" else "packs several sequences into one row"
         raise NotImplementedError(

@@ -147,7 +147,8 @@ def token_logps(model: nn.Module, batch: PackedBatch, *, temperature: float = 1.
 
 def head_logps(head: Head, states: Tensor, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
     """Log-probability of each scored token ``[T]``, of the backbone's hidden states ``[N, D]``."""
-    rows = states.index_select(0, batch.rows.to(states.device))
+    # The last row of a shared prompt has a gradient from each response; index_select would add them in any order.
+    rows = prefcore.gather_rows(states, batch.rows.to(states.device, torch.int32))
     device = head.weight.device
     return prefcore.linear_logprobs(
         rows.to(device),
