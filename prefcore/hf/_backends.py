@@ -111,12 +111,13 @@ def _keys(layout: Layout) -> np.ndarray:
 def flex_plan(layout: Layout, device: torch.device, windows: frozenset[int | None]) -> FlexPlan:
     segment, position = layout.of_tokens()
     start = layout.context_starts[segment]
-    tokens = (segment, start, start + layout.context_lengths[segment], position)
-    return FlexPlan({w: _block_mask(*(_to_device(x, device) for x in tokens), w) for w in windows | {None}})
+    arrays = (segment, start, start + layout.context_lengths[segment], position)
+    tokens = [_to_device(array, device) for array in arrays]
+    return FlexPlan({w: _block_mask(w, *tokens) for w in windows | {None}})
 
 
-def _block_mask(segment: Tensor, start: Tensor, end: Tensor, position: Tensor, window: int | None) -> Any:
-    """From the extremes of each block, not from N * N single entries; all arguments int32 ``[N]``."""
+def _block_mask(window: int | None, segment: Tensor, start: Tensor, end: Tensor, position: Tensor) -> Any:
+    """From the extremes of each block, not from N * N single entries; all tensors int32 ``[N]``."""
     from torch.nn.attention.flex_attention import BlockMask
 
     def attends(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

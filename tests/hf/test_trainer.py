@@ -140,6 +140,106 @@ def test_accumulated_steps_give_the_gradient_of_one_large_batch(tmp_path, size, 
         assert logged[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("sharing", "max_tokens"), [("share", 24), ("share", 45), ("pack", None), ("pack", 35), ("off", None), ("off", 50)]
+)
+def test_sharing_and_the_token_budget_change_no_gradient_and_no_metric(tmp_path, sharing, max_tokens):
+    pairs, held_out, reference = make_pairs(8), make_pairs(7, seed=5), make_model(1)
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "eval_strategy": "steps"}
+    runs = {}
+    for name, options in (("plain", {}), ("other", {"sharing": sharing, "max_tokens": max_tokens})):
+        trainer, gradients = run(
+            tmp_path,
+            make_model(),
+            pairs,
+            held_out,
+            ref_model=reference,
+            settings={**settings, "eval_steps": 1},
+            **options,
+        )
+        runs[name] = gradients, trainer.state.log_history[:2]
+    if max_tokens is not None:
+        batches = [len(batch) for batch in trainer.get_train_dataloader()]
+        assert max(batches) > 1, batches
+        assert all(b.input_ids.numel() <= max_tokens for batch in trainer.get_train_dataloader() for b in batch)
+    assert_same(runs["other"][0], runs["plain"][0])
+    for got, expected in zip(runs["other"][1], runs["plain"][1], strict=True):
+        for name in expected:
+            if not name.endswith(("runtime", "per_second")):
+                assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.quick
+def test_evaluated_pairs_come_in_the_datasets_order(tmp_path):
+    held_out = make_pairs(9, seed=5)
+    trainer = PreferenceTrainer(
+        make_model(), arguments(tmp_path, per_device_eval_batch_size=9), make_pairs(4), held_out, max_tokens=30
+    )
+    seen = []
+    trainer._add = lambda split, metrics: seen.append(metrics["logps/chosen"])
+    trainer.evaluate()
+    batch = padded(held_out)
+    with torch.no_grad():
+        expected = response_logps(trainer.model, batch)[::2]
+    torch.testing.assert_close(seen[0].float(), expected, rtol=1e-5, atol=1e-5)
+    (batches,) = trainer.get_eval_dataloader()
+    assert torch.cat([b.index for b in batches]).tolist() != list(range(9))
+
+
+def make_experts():
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.2,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+    )
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def test_the_routers_loss_counts_each_token_once(tmp_path):
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    pairs = make_pairs(4)
+    results = {}
+    for sharing in ("share", "pack", "off"):
+        trainer, gradients = run(tmp_path, make_experts(), pairs, ref_model=make_experts(), sharing=sharing)
+        results[sharing] = gradients, trainer.state.log_history[0]
+    assert_same(results["pack"][0], results["share"][0])
+    assert_same(results["off"][0], results["share"][0])
+
+    # By hand: every prompt once, alone, and every response after its prompt, of which only the response counts.
+    model, rows = make_experts(), []
+    for item in (pairs[i] for i in range(4)):
+        for name in ("prompt", "chosen", "rejected"):
+            own = item[f"{name}_ids"].tolist()
+            whole = own if name == "prompt" else item["prompt_ids"].tolist() + own
+            logits = model(input_ids=torch.tensor([whole]), output_router_logits=True).router_logits
+            rows.append([layer[-len(own) :] for layer in logits])
+    together = tuple(torch.cat(layer) for layer in zip(*rows, strict=True))
+    expected = 0.5 * load_balancing_loss_func(together, 4, 2)
+    for sharing, (_, logged) in results.items():
+        assert logged["aux_loss"] == pytest.approx(expected.item(), rel=1e-5), sharing
+    gate = "model.layers.1.mlp.gate.weight"
+    silent = make_experts()
+    silent.config.output_router_logits = False
+    trainer, without = run(tmp_path, silent, pairs, ref_model=make_experts())
+    assert "aux_loss" not in trainer.state.log_history[0]
+    expected.backward()
+    difference = results["share"][0][gate] - without[gate]
+    torch.testing.assert_close(difference, model.get_parameter(gate).grad, rtol=1e-3, atol=1e-6)
+
+
 def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     pairs, reference = make_pairs(4), make_model(1)
     _, plain = run(tmp_path, make_model(), pairs, ref_model=reference)
@@ -396,6 +496,18 @@ def test_bad_arguments_are_refused(tmp_path):
     for datasets in ((PairDataset(()),), (pairs, {"held out": PairDataset(())})):
         with pytest.raises(ValueError, match="holds no pair"):
             PreferenceTrainer(model, args, *datasets)
+    with pytest.raises(ValueError, match=r"item \d, a prompt of .* more than max_tokens=5"):
+        PreferenceTrainer(model, args, pairs, max_tokens=5)
+    with pytest.raises(ValueError, match="sharing must be one of"):
+        PreferenceTrainer(model, args, pairs, sharing="none")
+    with pytest.raises(ValueError, match="attention must be one of"):
+        PreferenceTrainer(model, args, pairs, attention="fast")
+    with pytest.raises(NotImplementedError, match="'flash' cannot be used here"):
+        PreferenceTrainer(model, args, pairs, attention="flash")
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1))
+    with pytest.raises(NotImplementedError, match='sharing="off" pads instead'):
+        PreferenceTrainer(mamba, args, pairs)
+    PreferenceTrainer(mamba, args, pairs, sharing="off")
     assert isinstance(PreferenceTrainer(model, args, pairs, data_collator=None).data_collator, PackedCollator)
     trainer = PreferenceTrainer(model, args, pairs, precompute_reference=True)
     with pytest.raises(RuntimeError, match="with_reference"):
@@ -422,7 +534,10 @@ def _worker(rank, port, path):
         settings=settings,
         ref_model=make_model(1),
         precompute_reference=True,
+        max_tokens=37,
     )
+    batches = [len(batch) for batch in trainer.get_train_dataloader()]
+    (path / f"batches{rank}.json").write_text(json.dumps(batches))
     assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
     evaluated = trainer.evaluate()
     trainer.save_model(str(path / "saved"))
@@ -451,6 +566,9 @@ def test_two_processes_give_the_gradients_and_metrics_of_one(tmp_path):
         _, errors = worker.communicate(timeout=300)
         assert worker.returncode == 0, errors
 
+    # Also where the ranks divide their batches into different numbers of forward passes.
+    first, second = (json.loads((tmp_path / f"batches{rank}.json").read_text()) for rank in (0, 1))
+    assert first != second
     pairs, held_out, reference, model = make_pairs(8), make_pairs(7, seed=5), make_model(1), make_model()
     _, expected = run(tmp_path, model, pairs, ref_model=reference, settings={"per_device_train_batch_size": 8})
     loss, metrics = dpo_by_hand(model, reference, pairs)
