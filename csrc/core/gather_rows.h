@@ -44,6 +44,11 @@ PREFCORE_HD void store(const Pack<T, Width>& pack, T* to) {
   *reinterpret_cast<Pack<T, Width>*>(to) = pack;
 }
 
+template <int Width, typename T>
+PREFCORE_HD void add(const T* values, typename Summed<T>::Sum* sum) {
+  for (int j = 0; j < Width; ++j) sum[j] += Summed<T>::widen(values[j]);
+}
+
 // One worker's columns of one source row's gradient: `Packs` packs, `step` elements apart, as far as they
 // begin before `columns`. `grad`, of rows `stride` elements apart, and `out` point to the first of them.
 template <int Width, int Packs, typename T>
@@ -65,9 +70,12 @@ PREFCORE_HD void sum_places(const T* grad, std::int64_t stride, const std::int32
       for (int j = 0; j < Width; ++j) sum[p][j] = Number::widen(held[p].values[j]);
     }
     for (std::int32_t i = 1; i < count; ++i) {
-      load(places[i]);
-      for (int p = 0; p < Packs; ++p) {
-        for (int j = 0; j < Width; ++j) sum[p][j] += Number::widen(held[p].values[j]);
+      if constexpr (Packs == 1) {
+        add<Width>(grad + places[i] * stride,
+                   sum[0]);  // where it lies: a long pack is held in memory, not in registers
+      } else {
+        load(places[i]);
+        for (int p = 0; p < Packs; ++p) add<Width>(held[p].values, sum[p]);
       }
     }
     for (int p = 0; p < Packs; ++p) {

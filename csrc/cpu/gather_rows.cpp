@@ -47,7 +47,7 @@ void backward(const GatherGrad& g, int threads) {
   const std::int64_t moved = g.rows + g.inverse.offsets[g.rows];  // rows written and read
   for_each_piece(g.rows, g.columns, sizeof(T), moved * g.columns * static_cast<std::int64_t>(sizeof(T)),
                  threads, [&](std::int64_t n, std::int64_t first, std::int64_t last) {
-                   sum_blocks<256, T>(g, n, &first, last);  // sums that stay in the first cache
+                   sum_blocks<1024, T>(g, n, &first, last);  // sums that stay in the first cache
                    sum_blocks<16, T>(g, n, &first, last);
                    sum_blocks<1, T>(g, n, &first, last);
                  });

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <typename T, int Width>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 4)  // left to itself, ptxas spills on sm_80 to fit in five blocks
     sum_kernel(const T* __restrict__ grad, std::int64_t stride, RowInverse inverse, std::int64_t rows,
                std::int64_t columns, T* __restrict__ out) {
   const std::int64_t teams = static_cast<std::int64_t>(gridDim.x) * blockDim.y;
