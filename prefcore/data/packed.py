@@ -324,7 +324,8 @@ class PackedCollator:
         groups whole, of about the same size; ``index`` says which item is where.
 
     Raises:
-        ValueError: what :func:`pack` refuses, items with different keys, and a group of more than ``max_tokens``.
+        ValueError: what :func:`pack` refuses, no items, items with different keys, and a group of more than
+            ``max_tokens``.
     """
 
     def __init__(self, sharing: Sharing = "share", max_tokens: int | None = None, pad_token_id: int = 0) -> None:
@@ -337,6 +338,8 @@ class PackedCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> list[PackedBatch]:
+        if not len(items):
+            raise ValueError("there are no items to collate")
         if any(item.keys() != items[0].keys() for item in items):
             raise ValueError("all items of a batch must have the same keys")
         prompts = [item["prompt_ids"] for item in items]
@@ -422,7 +425,7 @@ _KNOWN = {
 
 def _extras(items: Sequence[Mapping[str, Any]], counts: list[int]) -> dict[str, Tensor]:
     extras = {}
-    for name in items[0].keys() - _KNOWN:
+    for name in [name for name in items[0] if name not in _KNOWN]:
         values = [np.asarray(item[name]) for item in items]
         if any(v.ndim > 1 or v.dtype.kind not in "fiub" for v in values):
             raise ValueError(f"{name!r} must be a number, or a list of one number for each response")
