@@ -396,12 +396,12 @@ def test_collating_costs_no_loop_over_tokens(sharing):
     loop, mine = math.inf, math.inf
     for _ in range(5):
         start = time.perf_counter()
-        for token in batch.input_ids.tolist():
-            (token, start, token)
+        for token in batch.input_ids.tolist():  # noqa: B007
+            pass
         middle = time.perf_counter()
         collate(items)
         loop, mine = min(loop, middle - start), min(mine, time.perf_counter() - middle)
-    assert mine < 20 * loop, (mine, loop)
+    assert mine < 10 * loop, (mine, loop)
 
 
 @pytest.mark.skipif(not QA_FEEDBACK.exists(), reason=f"{QA_FEEDBACK} is not there")
