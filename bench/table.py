@@ -45,12 +45,20 @@ def main() -> None:
     rows = [
         row for i, case in enumerate(CASES) if not options.only or options.only in case.name for row in [measure(i)]
     ]
-    report = {**environment(options), "rows": rows}
+    command = (
+        f"python -m bench.table --T {options.T} --D {options.D} --V {options.V} --dtype {options.dtype} "
+        f"--device {options.device} --threads {options.threads} --rounds {options.rounds}"
+    )
+    report = {**environment(command, options.device), "rows": rows}
+    print(markdown(report))
+    write(report, options)
+
+
+def write(report: dict, options: argparse.Namespace, prefix: str = "") -> None:
     device = torch.cuda.get_device_name().replace(" ", "-") if options.device == "cuda" else "cpu"
-    path = options.output or RESULTS / f"{device}-{options.dtype}-{datetime.date.today()}.json"
+    path = options.output or RESULTS / f"{prefix}{device}-{options.dtype}-{datetime.date.today()}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
-    print(markdown(report))
     print(f"\nwritten to {path}", file=sys.stderr)
 
 
@@ -157,7 +165,7 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def environment(options: argparse.Namespace) -> dict:
+def environment(command: str, device: str) -> dict:
     def version(name: str) -> str | None:
         try:
             return importlib.metadata.version(name)
@@ -168,13 +176,12 @@ def environment(options: argparse.Namespace) -> dict:
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
     ).stdout.strip()
     return {
-        "command": f"python -m bench.table --T {options.T} --D {options.D} --V {options.V} --dtype {options.dtype} "
-        f"--device {options.device} --threads {options.threads} --rounds {options.rounds}",
+        "command": command,
         "date": str(datetime.date.today()),
         "commit": commit,
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("prefcore", "torch", "triton", "trl")},
+        "versions": {name: version(name) for name in ("prefcore", "torch", "triton", "transformers", "trl")},
     }
 
 

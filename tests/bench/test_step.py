@@ -1,0 +1,63 @@
+"""The benchmark of a whole step runs, and refuses to time what does not agree."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def cases(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench import step_cases
+
+    return step_cases
+
+
+def test_the_command_takes_a_step_with_every_provider_that_is_there(tmp_path):
+    output = tmp_path / "step.json"
+    sizes = ("--model=tiny", "--pairs=2", "--k=4", "--max-length=200", "--rounds=1", "--threads=1")
+    command = [sys.executable, "-m", "bench.step", *sizes, "--output", output]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {row["provider"]: row for row in json.loads(output.read_text())["rows"]}
+    absent = {name: row["skipped"] for name, row in rows.items() if "skipped" in row}
+    assert absent in ({}, {"trl": "trl is not installed"})
+    assert set(rows) == {"share", "pack", "off", "trl"}
+    assert rows["share"]["tokens"] < rows["pack"]["tokens"] < rows["off"]["tokens"]
+    assert done.stdout.count("\n| 4 | ") == 4
+
+
+def test_pairs_have_the_lengths_they_were_asked_for(cases):
+    groups = cases.draw_groups(8, 8, 512, max_length=300)
+    assert len(groups.prompts) == 2
+    assert [len(answers) for answers in groups.responses] == [8, 8]
+    assert len(groups.pairs) == 8
+    assert max(len(prompt) + len(answer) for prompt, *answers in groups.pairs for answer in answers) <= 300
+    assert len(groups.reference) == 16
+    with pytest.raises(SystemExit, match="3 responses"):
+        cases.draw_groups(3, 3, 512)
+
+
+def test_a_provider_that_is_wrong_is_refused(cases):
+    pytest.importorskip("transformers")
+    model = cases.make_model("tiny", torch.float32, "cpu")
+    groups = cases.draw_groups(1, 2, 512, max_length=140)
+    truth = cases.one_by_one(model, groups, torch.float64)
+    right = cases.one_by_one(model, groups, torch.float32)
+    eager = cases.differences(right, truth)
+    cases.refuse_errors("right", eager, eager, truth, torch.float32)
+    for wrong in (
+        dataclasses.replace(right, logps=right.logps.flip(0)),
+        dataclasses.replace(right, loss=right.loss + 1e-3),
+        dataclasses.replace(right, gradients=[g.mul(1.001) for g in right.gradients]),
+        dataclasses.replace(right, logps=right.logps * torch.nan),
+    ):
+        with pytest.raises(SystemExit, match="does not agree"):
+            cases.refuse_errors("wrong", cases.differences(wrong, truth), eager, truth, torch.float32)
