@@ -41,9 +41,10 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-bench,trl
 	$(BIN)/pytest bench $(ARGS)
 	$(BIN)/python -m bench.table
+	$(BIN)/python -m bench.step
 
 # GPU_PYTHON=python3 takes an interpreter whose torch sees the GPU already, and installs nothing into it but prefcore:
-# pytest and hypothesis must be there, and trl for its rows of the table.
+# pytest, hypothesis and transformers must be there, and trl for its rows of the tables.
 ifdef GPU_PYTHON
 gpu: gpu-install
 else
@@ -54,6 +55,8 @@ gpu:
 	$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"torch {torch.__version__} sees no GPU")'
 	$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
 	$(GPU_PYTHON) -m bench.table --device cuda --dtype bfloat16 --T 4096 --D 4096 --V 128256
+	$(GPU_PYTHON) -m bench.step --device cuda --dtype bfloat16 --model qwen2.5-0.5b --pairs 16 --k 2 4 8
+	$(GPU_PYTHON) -m bench.step --device cuda --dtype bfloat16 --model llama-3.2-1b --pairs 8 --k 2 4 8
 
 gpu-install:
 	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .

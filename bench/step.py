@@ -3,10 +3,11 @@
 A step is forward, loss, backward and fused AdamW, from a batch that is collated already to updated parameters. All
 providers take it on models of the same weights, with the same pairs, dtype and optimizer, with the reference's
 log-probs known beforehand, without dropout, autocast or clipping, and with or without gradient checkpointing alike.
-What else TRL does by default it does here. It is compared first: log-probs, loss and gradients must agree with the
-model's own logits in a wider type, or nothing is reported. Then the providers step in turn, round by round, and what
-is quoted beside pairs a second is the median of the ratios to TRL, which on a shared machine holds where seconds do
-not.
+What else TRL does by default it does here; on a CPU its head scores every position, on a GPU those of responses.
+
+First they are compared: log-probs, loss and gradients must agree with the model's own logits in a wider type, or
+nothing is reported. Then they step in turn, round by round, and what is quoted beside pairs a second is the median of
+the ratios to TRL, which on a shared machine holds where seconds do not.
 
 The memory is what a step adds to parameters and optimizer state: the growth of the peak resident size in a fresh
 process, or on a GPU of the peak allocation. The head is timed alone, forward and backward, on as many rows as it has
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import os
 import statistics
@@ -60,22 +62,22 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        what, k, *provider = options.worker.split(":")
         torch.set_num_threads(options.threads)
-        print(json.dumps(memory(options, int(k), *provider) if what == "memory" else timing(options, int(k))))
+        what, *which = options.worker.split(":")
+        print(json.dumps(memory(options, *which) if what == "memory" else timing(options)))
         return
-    rows = []
-    for k in options.k:
-        for row in worker(f"time:{k}"):
-            if "skipped" not in row and options.device == "cpu":
-                row |= worker(f"memory:{k}:{row['provider']}")
-            rows.append(row)
-            print(json.dumps(row), file=sys.stderr)
-    cut = "" if options.max_length is None else f" --max-length {options.max_length}"
+    rows = worker("time")
+    for row in rows:
+        if "skipped" not in row and options.device == "cpu":
+            row |= worker(f"memory:{row['provider']}:{row['k']}")
+        print(json.dumps(row), file=sys.stderr)
+    extra = "" if options.max_length is None else f" --max-length {options.max_length}"
+    extra += " --checkpointing" if options.checkpointing else ""
+    extra += "" if options.provider == list(PROVIDERS) else f" --provider {' '.join(options.provider)}"
     command = (
         f"python -m bench.step --model {options.model} --pairs {options.pairs} --k {' '.join(map(str, options.k))} "
         f"--dtype {options.dtype} --device {options.device} --threads {options.threads} --rounds {options.rounds}"
-        f"{cut}{' --checkpointing' if options.checkpointing else ''}"
+        f"{extra}"
     )
     report = {**environment(command, options.device), "rows": rows}
     print(markdown(report))
@@ -114,7 +116,15 @@ class Step:
         return Answer(logps, loss.detach(), gradients)
 
 
-def timing(options: argparse.Namespace, k: int) -> list[dict]:
+def timing(options: argparse.Namespace) -> list[dict]:
+    rows = []
+    for k in options.k:
+        rows += in_turn(options, k)
+        gc.collect()  # trainers hold their models in cycles
+    return rows
+
+
+def in_turn(options: argparse.Namespace, k: int) -> list[dict]:
     dtype = getattr(torch, options.dtype)
     model = prepared(options)
     groups = draw_groups(options.pairs, k, model.config.vocab_size, options.max_length)
@@ -178,11 +188,11 @@ def summary(times: dict[str, list[float]], heads: dict[str, list[float]], name: 
     return row
 
 
-def memory(options: argparse.Namespace, k: int, name: str) -> dict:
+def memory(options: argparse.Namespace, name: str, k: str) -> dict:
     """Growth of the peak of one step over what the process held before; the gradients are part of it."""
     model = prepared(options)
     step = Step(name, model)
-    groups = draw_groups(options.pairs, k, model.config.vocab_size, options.max_length)
+    groups = draw_groups(options.pairs, int(k), model.config.vocab_size, options.max_length)
     # Libraries load what they need, and the optimizer makes its state, on a few tokens first.
     answers = [[answer[:2] for answer in each] for each in groups.responses]
     step(step.provider.collate(Groups([prompt[:8] for prompt in groups.prompts], answers, groups.reference)))

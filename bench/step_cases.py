@@ -140,11 +140,8 @@ class Prefcore:
     def head(self, batch: Any) -> tuple[int, Callable[[], None]]:
         """The rows that meet the head, and its forward and backward alone."""
         targets = batch[0].targets
-        hidden, weight = _head_inputs(self._weight, targets.numel())
-        return targets.numel(), lambda: (
-            prefcore.linear_logprobs(hidden, weight, targets).logps.sum().backward(),
-            _forget(hidden, weight),
-        )
+        logps = lambda hidden, weight: prefcore.linear_logprobs(hidden, weight, targets).logps
+        return targets.numel(), _head_step(logps, self._weight, targets.numel())
 
 
 class TRL:
@@ -198,24 +195,20 @@ class TRL:
         used = batch["completion_mask"][:, 1:].bool()
         used = used if self._weight.is_cuda else torch.ones_like(used)
         targets = batch["input_ids"][:, 1:][used]
-        hidden, weight = _head_inputs(self._weight, targets.numel())
-        logged = ("log_probs", "entropy", "mean_logits", "is_top1")
-        return targets.numel(), lambda: (
-            ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, CHUNK, None, 1.0, logged)[0]
-            .sum()
-            .backward(),
-            _forget(hidden, weight),
-        )
+        args = (None, targets, 1.0, CHUNK, None, 1.0, ("log_probs", "entropy", "mean_logits", "is_top1"))
+        logps = lambda hidden, weight: ChunkedLogProbFunction.apply(hidden, weight, *args)[0]
+        return targets.numel(), _head_step(logps, self._weight, targets.numel())
 
 
-def _head_inputs(weight: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    hidden = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return hidden.requires_grad_(), weight.detach().requires_grad_()
+def _head_step(logps: Callable[[Tensor, Tensor], Tensor], weight: Tensor, rows: int) -> Callable[[], None]:
+    hidden = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device).requires_grad_()
+    weight = weight.detach().requires_grad_()
 
+    def step() -> None:
+        logps(hidden, weight).sum().backward()
+        hidden.grad = weight.grad = None
 
-def _forget(*leaves: Tensor) -> None:
-    for leaf in leaves:
-        leaf.grad = None
+    return step
 
 
 PROVIDERS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
