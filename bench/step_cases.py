@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import prefcore
+from prefcore.data import pack
 from prefcore.losses import dpo, preference_metrics
 
 BETA = 0.1
@@ -110,17 +111,14 @@ def draw_groups(pairs: int, k: int, vocabulary: int, max_length: int | None = No
 
 class Prefcore:
     def __init__(self, model: nn.Module, sharing: str) -> None:
-        try:
-            from prefcore.data import pack
-            from prefcore.hf import response_logps
-        except ImportError as error:
-            raise LookupError(str(error)) from None
-        self._model, self._sharing, self._pack, self._score = model, sharing, pack, response_logps
+        from prefcore.hf import response_logps  # needs transformers
+
+        self._model, self._sharing, self._score = model, sharing, response_logps
         self._weight = model.get_output_embeddings().weight
 
     def collate(self, groups: Groups) -> Any:
         device = self._weight.device
-        batch = self._pack(groups.prompts, groups.responses, sharing=self._sharing).to(device)
+        batch = pack(groups.prompts, groups.responses, sharing=self._sharing).to(device)
         return batch, groups.reference.to(device)
 
     def logps(self, batch: Any) -> Tensor:
