@@ -152,7 +152,7 @@ def in_turn(options: argparse.Namespace, k: int) -> list[dict]:
         except SKIPS as reason:
             row["skipped"] = str(reason).splitlines()[0]
             continue
-        refuse_errors(PROVIDERS[name][0], errors, eager, truth, dtype)
+        refuse_errors(PROVIDERS[name][0], errors, eager, truth, groups, dtype)
         row |= {"tokens": step.provider.tokens(batch), "head_rows": count}
         row |= {f"error_{what}": value for what, value in errors.items()}
         row |= {f"eager_error_{what}": value for what, value in eager.items()}

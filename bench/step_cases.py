@@ -262,17 +262,22 @@ def differences(mine: Answer, truth: Answer) -> dict[str, float]:
     }
 
 
-def refuse_errors(name: str, got: dict[str, float], eager: dict[str, float], truth: Answer, dtype: torch.dtype) -> None:
-    """Twice the error of eager PyTorch in the same dtype, and one rounding.
+def refuse_errors(
+    name: str, got: dict[str, float], eager: dict[str, float], truth: Answer, groups: Groups, dtype: torch.dtype
+) -> None:
+    """End the run if a provider is further from the truth than roundings can bring it.
 
-    A pair's DPO loss moves by at most beta times what its two log-probs move by.
+    Allowed is twice the error of eager PyTorch in the same dtype and, for log-probs, one rounding of their sum; for
+    gradients, one rounding of each value and one of random sign for each of the tokens they are summed over, which
+    every provider sums in an order of its own. A pair's DPO loss moves by at most beta times what its two log-probs
+    move by.
     """
     fine = torch.finfo(torch.float32).eps
-    logps = 2 * eager["rms_logps"] + fine * truth.logps.abs().max().item()
+    tokens = sum(len(prompt) + len(answer) for prompt, *answers in groups.pairs for answer in answers)
     bounds = {
-        "rms_logps": logps,
+        "rms_logps": 2 * eager["rms_logps"] + fine * truth.logps.abs().max().item(),
         "loss": 2 * BETA * got["max_logps"] + 4 * fine * max(1.0, truth.loss.item()),
-        "gradients": 2 * eager["gradients"] + torch.finfo(dtype).eps,
+        "gradients": 2 * eager["gradients"] + torch.finfo(dtype).eps + fine * tokens**0.5,
     }
     wrong = [what for what, bound in bounds.items() if not got[what] <= bound]  # a NaN is wrong too
     if wrong:

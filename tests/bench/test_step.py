@@ -72,7 +72,7 @@ def test_a_provider_that_is_wrong_is_refused(cases):
     truth = cases.one_by_one(model, groups, torch.float64)
     right = cases.one_by_one(model, groups, torch.float32)
     eager = cases.differences(right, truth)
-    cases.refuse_errors("right", eager, eager, truth, torch.float32)
+    cases.refuse_errors("right", eager, eager, truth, groups, torch.float32)
     for wrong in (
         dataclasses.replace(right, logps=right.logps.flip(0)),
         dataclasses.replace(right, loss=right.loss + 1e-3),
@@ -80,4 +80,4 @@ def test_a_provider_that_is_wrong_is_refused(cases):
         dataclasses.replace(right, logps=right.logps * torch.nan),
     ):
         with pytest.raises(SystemExit, match="does not agree"):
-            cases.refuse_errors("wrong", cases.differences(wrong, truth), eager, truth, torch.float32)
+            cases.refuse_errors("wrong", cases.differences(wrong, truth), eager, truth, groups, torch.float32)
