@@ -66,7 +66,6 @@ def test_pairs_have_the_lengths_they_were_asked_for(cases):
 
 
 def test_a_provider_that_is_wrong_is_refused(cases):
-    pytest.importorskip("transformers")
     model = cases.make_model("tiny", torch.float32, "cpu")
     groups = cases.draw_groups(1, 2, 512, max_length=140)
     truth = cases.one_by_one(model, groups, torch.float64)
