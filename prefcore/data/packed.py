@@ -9,7 +9,8 @@ and have the same rows to score.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import heapq
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -277,16 +278,16 @@ def bin_pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[np.ndar
         raise ValueError(f"item {item} takes {lengths[item]} tokens, which is more than {capacity}")
     order = np.argsort(-lengths, kind="stable").tolist()
     best = _best_fit(lengths, order, capacity)
-    loads = [(0, number) for number in range(len(best))]
+    loads = [(0, number) for number in range(len(best))]  # a heap
     level: list[list[int]] = [[] for _ in best]
     for item in order:
-        load, number = loads.pop(0)
+        load, number = loads[0]
         load += int(lengths[item])
         if load > capacity:
             level = best
             break
         level[number].append(item)
-        bisect.insort(loads, (load, number))
+        heapq.heapreplace(loads, (load, number))
     return sorted((np.array(sorted(items)) for items in level if items), key=lambda items: items[0])
 
 
@@ -338,6 +339,10 @@ class PackedCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> list[PackedBatch]:
+        return list(self.batches(items))
+
+    def batches(self, items: Sequence[Mapping[str, Any]]) -> Iterator[PackedBatch]:
+        """The same batches one by one, each made when it is asked for."""
         if not len(items):
             raise ValueError("there are no items to collate")
         if any(item.keys() != items[0].keys() for item in items):
@@ -345,10 +350,7 @@ class PackedCollator:
         prompts = [item["prompt_ids"] for item in items]
         responses = [responses_of(item) for item in items]
         masks = [_masks_of(item) for item in items]
-        batches = []
-        for members in self._divide(
-            [len(ids) for ids in prompts], [[len(ids) for ids in group] for group in responses]
-        ):
+        for members in self._divide(list(map(len, prompts)), [list(map(len, group)) for group in responses]):
             batch = pack(
                 [prompts[i] for i in members],
                 [responses[i] for i in members],
@@ -357,8 +359,7 @@ class PackedCollator:
                 pad_token_id=self.pad_token_id,
             )
             extras = _extras([items[i] for i in members], [len(responses[i]) for i in members])
-            batches.append(replace(batch, index=torch.from_numpy(members), extras=extras))
-        return batches
+            yield replace(batch, index=torch.from_numpy(members), extras=extras)
 
     def sizes(self, prompt_lengths: Sequence[int], response_lengths: Sequence[Sequence[int]]) -> np.ndarray:
         """Tokens int64 ``[G]`` of a batch that holds one group alone.

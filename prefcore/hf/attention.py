@@ -24,8 +24,8 @@ from prefcore.hf._backends import Call, Needs, Plan
 
 _NAME = "prefcore"
 _PROBE = "prefcore_probe"
-# Arguments of an attention function that change its result and that no backend here has.
-_UNKNOWN = ("position_bias", "alibi", "head_mask", "indices")
+# Tensors that models hand to their attention and that packed attention knows from the layout.
+_KNOWN = ("position_ids", "cache_position")
 
 
 class Prepared(NamedTuple):
@@ -81,9 +81,9 @@ def attend(
         raise NotImplementedError(f"{name} does not hand the keyword arguments of the model on to its attention")
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise NotImplementedError(f"{name} is not causal")
-    unknown = [key for key in _UNKNOWN if kwargs.get(key) is not None]
+    unknown = [key for key, value in kwargs.items() if isinstance(value, Tensor) and key not in _KNOWN]
     if unknown:
-        raise NotImplementedError(f"{name} has {', '.join(unknown)}, which packed attention does not")
+        raise NotImplementedError(f"{name} gives its attention {', '.join(unknown)}, which packed attention lacks")
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise NotImplementedError(f"{name} asks for attention of {tuple(query.shape)} to {tuple(key.shape)}")
     call = Call(scaling, dropout, sliding_window, softcap, s_aux)

@@ -76,7 +76,7 @@ def score(
     found: list[list[Tensor]] = [[torch.zeros(0)] * len(answers) for answers in responses]
     device = base_model(model).get_input_embeddings().weight.device
     with torch.no_grad(), evaluating(model):
-        for batch in collate(items) if items else ():
+        for batch in collate.batches(items) if items else ():
             logps = token_logps(model, batch.to(device), temperature=temperature, attention=attention)
             parts = logps.float().cpu().split(batch.cu_seqlens.diff().tolist())
             ends = batch.cu_groups.tolist()
