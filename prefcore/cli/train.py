@@ -13,6 +13,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefcore.data.packed import SHARINGS, PackedCollator
+from prefcore.hf._backends import BACKENDS
+
 if TYPE_CHECKING:
     from prefcore.data import PairDataset, Preference
     from prefcore.hf import PreferenceTrainer
@@ -57,8 +60,26 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--warmup", type=_share, default=0.1, help="share of the steps in which the learning rate rises")
     add("--lr-scheduler", default="linear", help="a scheduler of transformers")
     add("--weight-decay", type=_not_negative, default=0.0, help="of AdamW")
-    add("--batch-size", type=_count, default=8, help="pairs per device and forward pass")
-    add("--accumulate", type=_count, default=1, metavar="N", help="forward passes per optimizer step")
+    add("--batch-size", type=_count, default=8, help="pairs per device and batch")
+    add("--accumulate", type=_count, default=1, metavar="N", help="batches per optimizer step")
+    add(
+        "--max-tokens",
+        type=_count,
+        metavar="N",
+        help="the most tokens of a forward pass; a larger batch runs as several, with the same gradients",
+    )
+    add(
+        "--sharing",
+        choices=SHARINGS,
+        default="share",
+        help="share: a prompt runs once for both its responses; pack: once for each; off: padded rows",
+    )
+    add(
+        "--attention",
+        choices=("auto", *BACKENDS),
+        default="auto",
+        help="what computes the attention of packed batches; auto: the best that prefcore doctor lists",
+    )
     add("--max-length", type=_count, metavar="N", help=f"tokens of prompt and response ({_MAX_LENGTH}, or the model's)")
     add("--max-prompt-length", type=_count, metavar="N", help="tokens of the prompt; its end is kept")
     add("--max-response-length", type=_count, metavar="N", help="tokens of a response; its beginning is kept")
@@ -97,7 +118,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             train(args)
     except (UsageError, DataError, NotImplementedError) as error:
-        print(f"prefcore train: error: {error}", file=sys.stderr)
+        # The library's texts name its arguments.
+        text = str(error).replace('sharing="off"', "--sharing off")
+        print(f"prefcore train: error: {text}", file=sys.stderr)
         return 1 if isinstance(error, NotImplementedError) else 2
     return 0
 
@@ -117,12 +140,15 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UsageError: an option, path or model that cannot work, before any weight is loaded.
         DataError: data that cannot be used, before any weight is loaded.
-        NotImplementedError: a model that :func:`prefcore.hf.find_head` refuses.
+        NotImplementedError: a model that :func:`prefcore.hf.find_head` refuses or that cannot be packed, before
+            the first step.
     """
     for name in ("data", "model", "output"):
         if getattr(args, name) is None:
             raise UsageError(f"--{name} is missing")
     loss_args = _loss_args(args)
+    if args.sharing == "off" and args.attention != "auto":
+        raise UsageError(f"--attention {args.attention}: with --sharing off the model's own attention runs")
     output = prepare_output(Path(args.output), args.resume)
     from prefcore.data import read_preferences, split_by_prompt
 
@@ -172,6 +198,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         loss_args=loss_args,
         ref_model=_load(args.ref, args) if args.ref else None,
         precompute_reference=args.precompute_ref,
+        sharing=args.sharing,
+        max_tokens=args.max_tokens,
+        attention=args.attention,
     )
     _log_in_short(trainer)
     trainer.train(resume_from_checkpoint=True if args.resume else None)
@@ -273,7 +302,19 @@ def _tokenize(
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    largest = max(int(ids.max()) for i in range(len(pairs)) for ids in pairs[i].values())
+    try:
+        PackedCollator(args.sharing, args.max_tokens).sizes(*pairs.lengths())
+    except ValueError as error:
+        raise UsageError(f"--max-tokens {args.max_tokens}: {error}") from error
+    longest = max(prompt + max(answers) for prompt, answers in zip(*pairs.lengths(), strict=True))
+    ref_positions = ref_config and getattr(ref_config.get_text_config(), "max_position_embeddings", None)
+    if ref_positions and longest > ref_positions:
+        raise UsageError(
+            f"--ref {args.ref}: it has {ref_positions} positions, the longest pair {longest} tokens; "
+            f"--max-length {ref_positions} truncates"
+        )
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    largest = max(int(item[name].max()) for item in map(pairs.__getitem__, range(len(pairs))) for name in names)
     for option, name, read in (("--model", args.model, config), ("--ref", args.ref, ref_config)):
         if read is not None and largest >= read.get_text_config().vocab_size:
             raise UsageError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
@@ -14,9 +14,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from prefcore.data.packed import Ids, token_ids
-from prefcore.data.preferences import DataError, Preference
+from prefcore.data.preferences import DataError, Messages, Preference
 
 logger = logging.getLogger(__name__)
+
+_ASSISTANT = "assistant"
+_INCONSISTENT = "the chat template renders a message otherwise when more messages follow, so no turn can be told apart"
+
+
+Mask = np.ndarray  # bool [length]
+# A text and whether its tokens are scored.
+Part = tuple[str, bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,24 +32,48 @@ class _Pair:
     prompt: Ids
     chosen: Ids
     rejected: Ids
+    chosen_mask: Mask | None = None
+    rejected_mask: Mask | None = None
 
 
 class PairDataset(Dataset):
     """Tokenised pairs; an item is a dict of token ids, with the reference's log-probs once they are known.
 
-    Items have ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (int64 arrays, none of them empty) and, after
-    :meth:`with_reference`, ``ref_chosen_logps`` and ``ref_rejected_logps`` (floats).
+    Items have ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (int64 arrays, none of them empty), ``chosen_mask``
+    and ``rejected_mask`` (bool arrays as long as the ids: the tokens that are scored; or None for all of them) and,
+    after :meth:`with_reference`, ``ref_chosen_logps`` and ``ref_rejected_logps`` (floats).
+
+    Args:
+        pairs: token ids of prompt, chosen and rejected response.
+        masks: for each pair the masks of its chosen and its rejected response. None, for a response or for
+            everything, scores every token.
 
     Raises:
-        ValueError: an empty prompt or response, or ids that are no flat sequence of integers from 0 on.
+        ValueError: an empty prompt or response, ids that are no flat sequence of integers from 0 on, or a mask
+            that has another length than its response or scores nothing.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]],
+        masks: Sequence[tuple[Sequence[bool] | None, Sequence[bool] | None]] | None = None,
+    ) -> None:
+        if masks is not None and len(masks) != len(pairs):
+            raise ValueError(f"expected the masks of each of {len(pairs)} pairs, got {len(masks)}")
         names = ("prompt", "chosen", "rejected")
-        self._pairs = [
-            _Pair(*(token_ids(f"pair {index}: the {name}", ids) for name, ids in zip(names, pair, strict=True)))
-            for index, pair in enumerate(pairs)
-        ]
+        self._pairs = []
+        for index, pair in enumerate(pairs):
+            ids = [token_ids(f"pair {index}: the {name}", ids) for name, ids in zip(names, pair, strict=True)]
+            scored = (None, None) if masks is None else masks[index]
+            self._pairs.append(
+                _Pair(
+                    *ids,
+                    *(
+                        _mask(f"pair {index}: the mask of the {name}", mask, len(answer))
+                        for name, mask, answer in zip(names[1:], scored, ids[1:], strict=True)
+                    ),
+                )
+            )
         self._reference: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -53,6 +85,8 @@ class PairDataset(Dataset):
             "prompt_ids": pair.prompt,
             "chosen_ids": pair.chosen,
             "rejected_ids": pair.rejected,
+            "chosen_mask": pair.chosen_mask,
+            "rejected_mask": pair.rejected_mask,
         }
         if self._reference is not None:
             item["ref_chosen_logps"], item["ref_rejected_logps"] = self._reference[index].tolist()
@@ -88,6 +122,17 @@ class PairDataset(Dataset):
         return other
 
 
+def _mask(what: str, mask: Sequence[bool] | None, length: int) -> Mask | None:
+    if mask is None:
+        return None
+    array = np.asarray(mask)
+    if array.shape != (length,) or array.dtype != bool:
+        raise ValueError(f"{what} must hold {length} of True and False, got {array.dtype} {array.shape}")
+    if not array.any():
+        raise ValueError(f"{what} scores nothing")
+    return array
+
+
 def tokenize_pairs(
     preferences: Sequence[Preference],
     tokenizer: Any,
@@ -103,14 +148,18 @@ def tokenize_pairs(
     end-of-sequence token. Messages are rendered with the tokenizer's chat template, which has its own special
     tokens.
 
+    An answer of several messages is a conversation that goes on: its tokens are all there, and those of the
+    assistant's messages are scored. A message of the assistant begins where the template's generation prompt ends,
+    and is tokenised apart from what is around it.
+
     A prompt that is too long keeps its first token, if that is the beginning-of-sequence token, and its end;
     a response keeps its beginning. If prompt and longer response pass ``max_length`` tokens together, the
     prompt gives way first, down to half of it. What was truncated is counted in the log.
 
     Raises:
         DataError: a response without tokens, an empty prompt where the tokenizer has no token to begin with,
-            messages without a chat template, or a template that does not begin an answer with its prompt. Up
-            to ten at once.
+            messages without a chat template, an answer without a message of the assistant (or none is left of it
+            by truncation), or a template that renders a message otherwise when more follow it. Up to ten at once.
         ValueError: a length that is not positive.
     """
     for name, least, value in (
@@ -121,7 +170,7 @@ def tokenize_pairs(
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     problems: list[str] = []
-    texts: list[tuple[str, str, str] | None] = []
+    texts: list[tuple[str, list[Part], list[Part]] | None] = []
     for preference in preferences:
         try:
             texts.append(_render(preference, tokenizer))
@@ -133,10 +182,12 @@ def tokenize_pairs(
     chat = {t[0] for t, p in zip(texts, preferences, strict=True) if t and p.conversational}
     prompts = {(text, False): ids for text, ids in _encode(tokenizer, plain, special=True).items()}
     prompts |= {(text, True): ids for text, ids in _encode(tokenizer, chat, special=False).items()}
-    responses = _encode(tokenizer, {text for t in texts if t for text in t[1:]}, special=False)
+    parts = {part for t in texts if t for answer in t[1:] for part, _ in answer}
+    responses = _encode(tokenizer, parts, special=False)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
-    pairs = []
+    pairs: list[Any] = []
+    masks: list[Any] = []
     cut_prompts = cut_responses = equal = 0
     for preference, text in zip(preferences, texts, strict=True):
         if text is None:
@@ -151,12 +202,14 @@ def tokenize_pairs(
                 )
                 continue
             prompt = [eos if bos is None else bos]
-        answers = [responses[answer] for answer in text[1:]]
-        if not all(answers):
+        answers = [[token for part, _ in answer for token in responses[part]] for answer in text[1:]]
+        scored = [[own for part, own in answer for _ in responses[part]] for answer in text[1:]]
+        if not all(map(any, scored)):
             problems.append(f"{preference.source}: a response has no token")
             continue
         if not preference.conversational and eos is not None:
             answers = [answer if answer[-1] == eos else [*answer, eos] for answer in answers]
+            scored = [[True] * len(answer) for answer in answers]
         longest = max(map(len, answers))
         if max_response_length is not None:
             longest = min(longest, max_response_length)
@@ -170,8 +223,13 @@ def tokenize_pairs(
             prompt = [bos, *prompt[len(prompt) - room + 1 :]] if keeps_bos else prompt[-room:]
         cut_responses += sum(len(answer) > longest for answer in answers)
         chosen, rejected = (answer[:longest] for answer in answers)
+        scored = [mask[:longest] for mask in scored]
+        if not all(map(any, scored)):
+            problems.append(f"{preference.source}: truncation leaves nothing of the assistant's in a response")
+            continue
         equal += chosen == rejected
         pairs.append((prompt, chosen, rejected))
+        masks.append(tuple(None if all(mask) else mask for mask in scored))
     if problems:
         more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise DataError("\n".join(problems[:10] + more))
@@ -185,7 +243,7 @@ def tokenize_pairs(
         )
     if equal:
         logger.warning("%d of %d pairs have the same tokens on both sides and teach nothing", equal, len(pairs))
-    return PairDataset(pairs)
+    return PairDataset(pairs, masks)
 
 
 def _encode(tokenizer: Any, texts: set[str], special: bool) -> dict[str, list[int]]:
@@ -197,21 +255,53 @@ def _encode(tokenizer: Any, texts: set[str], special: bool) -> dict[str, list[in
     return dict(zip(ordered, ids, strict=True))
 
 
-def _render(preference: Preference, tokenizer: Any) -> tuple[str, str, str]:
-    """The texts of prompt, chosen and rejected."""
+def _render(preference: Preference, tokenizer: Any) -> tuple[str, list[Part], list[Part]]:
+    """The text of the prompt, and those of the chosen and the rejected response in their parts."""
     prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
     if isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
-        return prompt, chosen, rejected  # type: ignore[return-value]
+        return prompt, [(chosen, True)], [(rejected, True)]  # type: ignore[return-value,list-item]
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("messages need a tokenizer with a chat template")
-    try:
-        opening = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-        bare = tokenizer.apply_chat_template(list(prompt), tokenize=False)
-        full = [tokenizer.apply_chat_template([*prompt, *answer], tokenize=False) for answer in (chosen, rejected)]
-    except Exception as error:  # jinja2's errors have no base that is importable without it
-        raise DataError(f"the chat template fails: {error}") from error
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if all(message["role"] != _ASSISTANT for message in answer):
+            raise DataError(f'"{name}" has no message of the role "{_ASSISTANT}"')
+
+    def render(messages: Sequence[dict[str, Any]], generation: bool = False) -> str:
+        try:
+            return tokenizer.apply_chat_template(list(messages), add_generation_prompt=generation, tokenize=False)
+        except Exception as error:  # jinja2's errors have no base that is importable without it
+            raise DataError(f"the chat template fails: {error}") from error
+
+    opens = all(answer[0]["role"] == _ASSISTANT for answer in (chosen, rejected))
+    full = [render([*prompt, *answer]) for answer in (chosen, rejected)]
     # The generation prompt may end in what finished answers lack, such as the opening of a thought.
-    start = commonprefix([opening, *full])  # noqa: RUF071 - by characters is what is meant
-    if len(start) < len(bare):
+    start = commonprefix([render(prompt, generation=opens), *full])  # noqa: RUF071 - by characters is what is meant
+    if len(start) < len(render(prompt)):
         raise DataError("the chat template does not begin the conversation with its prompt")
-    return start, full[0][len(start) :], full[1][len(start) :]
+    return start, *(
+        _parts(render, prompt, answer, text, len(start)) for answer, text in zip((chosen, rejected), full, strict=True)
+    )  # type: ignore[return-value]
+
+
+def _parts(render: Callable[..., str], prompt: Messages, answer: Messages, text: str, start: int) -> list[Part]:
+    """``text`` from ``start`` on, divided into what the assistant says and what comes between."""
+    parts: list[Part] = []
+    done = start
+    for place, message in enumerate(answer):
+        if message["role"] != _ASSISTANT:
+            continue
+        before, after = [*prompt, *answer[:place]], [*prompt, *answer[: place + 1]]
+        begin, end = start, len(text)
+        if place:
+            begin = len(commonprefix([render(before, generation=True), text]))  # noqa: RUF071
+            if begin < max(done, len(render(before))):
+                raise DataError(_INCONSISTENT)
+        if place + 1 < len(answer):
+            through = render(after)
+            if not text.startswith(through):
+                raise DataError(_INCONSISTENT)
+            end = len(through)
+        parts += [(text[done:begin], False), (text[begin:end], True)]
+        done = end
+    parts.append((text[done:], False))
+    return [part for part in parts if part[0]]

@@ -203,13 +203,15 @@ def _forward(backbone: Any, batch: PackedBatch, prepared: Prepared) -> Any:
 
 def _prepare(backbone: nn.Module, batch: PackedBatch, attention: str, needs: Needs) -> Prepared:
     device = batch.input_ids.device
-    dropout = needs.dropout and backbone.training
-    name = _backends.choose(
-        attention, needs._replace(dropout=dropout), device, _dtype(backbone), torch.is_grad_enabled()
-    )
+    name = _choose(backbone, attention, needs, device, torch.is_grad_enabled())
     build = _backends.BACKENDS[name].plan
     key = (build, device, needs.windows)
     return Prepared(name, batch.layout.plan(key, lambda: build(batch.layout, device, needs.windows)))
+
+
+def _choose(backbone: nn.Module, attention: str, needs: Needs, device: torch.device, grad: bool) -> str:
+    dropout = needs.dropout and backbone.training
+    return _backends.choose(attention, needs._replace(dropout=dropout), device, _dtype(backbone), grad)
 
 
 def _dtype(backbone: nn.Module) -> torch.dtype:
@@ -245,11 +247,11 @@ def _switch(backbone: nn.Module) -> _Switch:
     return _switches[backbone]
 
 
-def check(backbone: Any, sharing: str, attention: str = "auto") -> Needs:
+def check(backbone: Any, sharing: str, attention: str = "auto", train: bool = False) -> Needs:
     """What a backbone asks of its attention, after a probe of whether it follows a layout.
 
     The outcome is kept for each class and configuration of a model, so the probe (four forward passes of a few
-    tokens) runs once.
+    tokens) runs once. With ``train`` the backend must also have what a backward pass needs.
 
     Raises:
         ValueError, NotImplementedError: as :func:`run_packed`.
@@ -268,6 +270,8 @@ def check(backbone: Any, sharing: str, attention: str = "auto") -> Needs:
         raise NotImplementedError(
             f'{type(backbone).__name__} cannot run a batch that {kind}: {found}; sharing="off" pads instead'
         )
+    if train:
+        _choose(backbone, attention, found, next(backbone.parameters()).device, grad=True)
     return found
 
 

@@ -23,7 +23,7 @@ from prefcore.data.packed import Sharing
 from prefcore.hf.head import find_head
 from prefcore.hf.scoring import head_logps, response_logps, run_backbone
 
-_ITEM = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
+_ITEM = ["prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask"]
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 
@@ -158,7 +158,7 @@ class PreferenceTrainer(Trainer):
             for each in (self.model, self._ref_model):
                 if each is not None:
                     with self.accelerator.autocast():
-                        check(find_head(each).backbone, sharing, attention)
+                        check(find_head(each).backbone, sharing, attention, train=each is self.model)
         if self._needs_reference and precompute_reference:
             self.train_dataset = self._with_reference(self.train_dataset, "train")
             if isinstance(self.eval_dataset, dict):
@@ -254,7 +254,7 @@ class PreferenceTrainer(Trainer):
         super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns: Any = list(_ITEM)
+        self._signature_columns: Any = [*_ITEM, *_REFERENCE]
 
     def floating_point_ops(self, inputs: Any) -> int:
         # 6 flops per parameter and token, as transformers counts.

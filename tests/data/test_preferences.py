@@ -161,7 +161,20 @@ def tokenizer():
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    words = ["<pad>", "<s>", "</s>", "<unk>", "U:", "A:", *"abcdefghij", "think"]
+    words = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "U:",
+        "A:",
+        *"abcdefghij",
+        "think",
+        "<|im_start|>",
+        "<|im_end|>",
+        "user",
+        "assistant",
+    ]
     fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -235,6 +248,104 @@ def test_messages_are_rendered_with_the_chat_template(tokenizer):
             tokenize_pairs([talk], tokenizer)
     finally:
         tokenizer.chat_template = None
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+
+
+def talk(*turns):
+    """Messages of the user and the assistant in turn; the user begins."""
+    return tuple(say("assistant" if place % 2 else "user", text) for place, text in enumerate(turns))
+
+
+@pytest.fixture
+def chatml(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+    return tokenizer
+
+
+def scored(dataset, tokenizer, index=0):
+    """The tokens of both answers that are scored."""
+    item = dataset[index]
+    masks = [(item[f"{name}_ids"], item[f"{name}_mask"]) for name in ("chosen", "rejected")]
+    return [" ".join(tokenizer.convert_ids_to_tokens(ids[... if m is None else m].tolist())) for ids, m in masks]
+
+
+@pytest.mark.quick
+def test_of_an_answer_with_several_turns_only_the_assistants_are_scored(chatml):
+    whole = Preference(talk("a"), talk("a", "b", "c d", "e f")[1:], talk("a", "g")[1:])
+    single = Preference(talk("a"), talk("a", "b")[1:], talk("a", "c")[1:])
+    pairs = tokenize_pairs([whole, single], chatml)
+    assert tokens(pairs, chatml) == [
+        "<|im_start|> user a <|im_end|> <|im_start|> assistant",
+        "b <|im_end|> <|im_start|> user c d <|im_end|> <|im_start|> assistant e f <|im_end|>",
+        "g <|im_end|>",
+    ]
+    assert scored(pairs, chatml) == ["b <|im_end|> e f <|im_end|>", "g <|im_end|>"]
+    assert pairs[0]["chosen_mask"].dtype == bool
+    assert pairs[0]["rejected_mask"] is None
+    assert pairs[1]["chosen_mask"] is pairs[1]["rejected_mask"] is None
+    (batch,) = PackedCollator()([pairs[0], pairs[1]])
+    assert batch.cu_seqlens.diff().tolist() == [5, 2, 2, 2]
+    assert chatml.convert_ids_to_tokens(batch.targets[:5].tolist()) == ["b", "<|im_end|>", "e", "f", "<|im_end|>"]
+
+
+def test_an_answer_may_begin_with_the_user_and_hold_turns_of_others_and_end_with_them(chatml):
+    chosen = (say("user", "b"), say("assistant", "c"), say("assistant", "d"), say("tool", "e"))
+    pairs = tokenize_pairs([Preference(talk("a"), chosen, talk("f", "g"))], chatml)
+    assert tokens(pairs, chatml)[0] == "<|im_start|> user a <|im_end|>"
+    assert scored(pairs, chatml) == ["c <|im_end|> d <|im_end|>", "g <|im_end|>"]
+    assert tokens(pairs, chatml)[1].endswith("d <|im_end|> <|im_start|> <unk> e <|im_end|>")
+
+
+@pytest.mark.parametrize("length", range(1, 13))
+def test_truncation_cuts_the_mask_with_its_answer(chatml, length):
+    whole = Preference(talk("a"), talk("a", "b", "c d", "e f")[1:], talk("a", "g")[1:])
+    wanted = [True] * 2 + [False] * 7 + [True] * 3
+    item = tokenize_pairs([whole], chatml, max_response_length=length)[0]
+    assert len(item["chosen_ids"]) == length
+    mask = wanted[:length] if item["chosen_mask"] is None else item["chosen_mask"].tolist()
+    assert mask == wanted[:length]
+    assert (item["chosen_mask"] is None) == (length <= 2)
+
+
+def test_answers_of_which_nothing_can_be_scored_are_refused(chatml, monkeypatch):
+    late = Preference(talk("a"), talk("b", "c"), talk("d", "e"), "f.jsonl:3")
+    with pytest.raises(DataError, match=r"f\.jsonl:3: truncation leaves nothing of the assistant's in a response"):
+        tokenize_pairs([late], chatml, max_response_length=5)
+    with pytest.raises(DataError, match='"rejected" has no message of the role "assistant"'):
+        tokenize_pairs([Preference(talk("a"), talk("b", "c"), talk("d"))], chatml)
+
+
+def test_a_template_that_changes_earlier_turns_is_refused(chatml, monkeypatch):
+    several = Preference(talk("a"), talk("a", "b", "c", "d")[1:], talk("a", "g")[1:], "f.jsonl:3")
+    last = "{% if loop.last and m.role == 'assistant' %}think {% endif %}{{ m.content }}"
+    monkeypatch.setattr(chatml, "chat_template", CHATML.replace("{{ m.content }}", last))
+    with pytest.raises(DataError, match=r"f\.jsonl:3: the chat template renders a message otherwise when more"):
+        tokenize_pairs([several], chatml)
+    one = Preference(talk("a"), talk("a", "b")[1:], talk("a", "g")[1:])
+    assert scored(tokenize_pairs([one], chatml), chatml) == ["think b <|im_end|>", "think g <|im_end|>"]
+
+
+@pytest.mark.quick
+def test_pairs_may_come_with_masks():
+    pairs = PairDataset([([1], [2, 3], [4]), ([5], [6], [7])], [([False, True], None), (None, [True])])
+    assert pairs[0]["chosen_mask"].tolist() == [False, True]
+    (batch,) = PackedCollator()([pairs[0], pairs[1]])
+    assert batch.targets.tolist() == [3, 4, 6, 7]
+    for masks, text in (
+        ([(None, None)], "expected the masks of each of 2 pairs, got 1"),
+        ([([True], None), (None, None)], "pair 0: the mask of the chosen must hold 2 of True and False"),
+        ([([0, 1], None), (None, None)], "must hold 2 of True and False, got int64"),
+        ([(None, None), (None, [False])], "pair 1: the mask of the rejected scores nothing"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            PairDataset([([1], [2, 3], [4]), ([5], [6], [7])], masks)
+    known = pairs.with_reference(torch.zeros(2), torch.zeros(2))
+    assert known[0]["chosen_mask"].tolist() == [False, True]
 
 
 @pytest.mark.quick
