@@ -75,6 +75,119 @@ def test_a_reference_may_be_kept_named_or_precomputed(tiny, tmp_path):
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
 
 
+def history(tiny, output, *options):
+    """The settings that a short run records, and its numbers by step and name."""
+    model, data = tiny
+    steps = ["--batch-size", 6, "--max-steps", 4, "--logging-steps", 1, "--lr", 1e-3, "--no-bf16"]
+    assert command("--data", data, "--model", model, "--output", output, "--eval-fraction", 0.25, *steps, *options) == 0
+    results = json.loads((output / "metrics.json").read_text())
+    names = [prefix + name for prefix in ("", "eval_") for name in train._KEPT]
+    entries = results["history"]
+    # Before the second step policy and reference are one model, and what it ranks is rounding.
+    counts = lambda entry, name: entry["step"] >= 2 or not name.endswith("accuracies")
+    return results["settings"], {
+        (entry["step"], name): entry[name]
+        for entry in entries
+        for name in names
+        if name in entry and counts(entry, name)
+    }
+
+
+def test_sharing_packing_and_smaller_forward_passes_train_as_padding_does(tiny, tmp_path):
+    _, padded = history(tiny, tmp_path / "off", "--sharing", "off")
+    assert (4, "eval_loss") in padded
+    # Sums of up to 6 log-probs of a few nats: below 32, so a rounding is below 32 * 2**-24; some 30 of them in a row.
+    bound = 32 * 32 * 2**-24
+    for number, options in enumerate(
+        (
+            ["--sharing", "share"],
+            ["--sharing", "pack"],
+            ["--sharing", "share", "--max-tokens", 45],
+            ["--sharing", "pack", "--max-tokens", 60],
+            ["--sharing", "off", "--max-tokens", 60],
+            ["--sharing", "share", "--attention", "sdpa", "--no-precompute-ref"],
+        )
+    ):
+        settings, numbers = history(tiny, tmp_path / str(number), *options)
+        assert settings["sharing"] == options[1]
+        assert numbers == pytest.approx(padded, rel=0, abs=bound), options
+
+
+def test_max_tokens_bounds_every_forward_pass(tiny, tmp_path, monkeypatch):
+    from prefcore.hf import attention
+
+    seen = []
+    run = attention.run_packed
+    monkeypatch.setattr(
+        attention, "run_packed", lambda model, batch, *rest: seen.append(batch) or run(model, batch, *rest)
+    )
+    history(tiny, tmp_path, "--max-tokens", 45)
+    assert max(batch.layout.tokens for batch in seen) <= 45
+    assert {batch.cu_groups.numel() - 1 for batch in seen} == {2}  # of the 6 pairs of a batch, 20 tokens each
+
+
+def test_of_a_conversation_the_assistants_turns_are_scored(tiny, tmp_path):
+    model, _ = tiny
+    say = lambda role, content: {"role": role, "content": content}
+    question, answer = [say("user", "ant cat")], [say("assistant", "fox")]
+    long = [say("assistant", "cat"), say("user", "lion wolf"), say("assistant", "ant rat")]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"prompt": question, "chosen": long, "rejected": answer}) + "\n")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ', ' if m.role == 'user' else ': ' }}{{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}: {% endif %}"
+    )
+    transformers.AutoModelForCausalLM.from_pretrained(model).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = ["--data", data, "--model", tmp_path / "model", "--output", tmp_path / "out", "--max-steps", 1]
+    assert command(*options, "--no-bf16") == 0
+    (entry,) = json.loads((tmp_path / "out" / "metrics.json").read_text())["history"]
+
+    ids = tokenizer(", ant cat : cat , lion wolf : ant rat", return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = transformers.AutoModelForCausalLM.from_pretrained(model)(ids).logits[0]
+    logps = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    assert entry["logps/chosen"] == pytest.approx(logps[[3, 8, 9]].sum().item(), abs=1e-4)
+
+
+@pytest.mark.quick
+def test_a_pair_larger_than_max_tokens_is_refused_before_a_model_is_loaded(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    model, data = tiny
+    options = ["--data", data, "--model", model, "--output", tmp_path, "--max-tokens"]
+    assert command(*options, 10) == 2
+    error = capsys.readouterr().err
+    assert "--max-tokens 10: item 0, a prompt of 8 tokens with 2 responses, takes 18 tokens" in error
+    assert command(*options, 1) == 2
+    assert "max_tokens must be at least 2, got 1" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_packed_is_refused_before_training_and_runs_padded(tiny, tmp_path, capsys):
+    _, data = tiny
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny[0])
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = ["--data", data, "--model", tmp_path / "model", "--max-steps", 1, "--output"]
+    assert command(*options, tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "BloomModel cannot run a batch that shares its prompts" in error
+    assert error.endswith("; --sharing off pads instead\n")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    assert command(*options, tmp_path / "padded", "--sharing", "off") == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="FlexAttention trains on a GPU")
+def test_an_attention_backend_that_cannot_train_here_is_refused_before_training(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transformers.Trainer, "train", None)
+    model, data = tiny
+    options = ["--data", data, "--model", model, "--output", tmp_path, "--attention"]
+    for name in ("flex", "varlen"):
+        assert command(*options, name) == 1
+        assert f"the attention backend '{name}' cannot be used here: it " in capsys.readouterr().err
+
+
 def test_a_run_is_resumed_from_its_checkpoint(tiny, tmp_path, capsys):
     model, data = tiny
     options = ["--data", data, "--model", model, "--batch-size", 4, "--save-steps", 3, "--lr", 1e-2]
@@ -134,6 +247,7 @@ def test_malformed_data_ends_in_words_before_a_model_is_loaded(tiny, tmp_path, c
         ({"--max-length": "1000"}, "--max-length 1000: the model has 32 positions"),
         ({"--max-length": "1"}, "max_length must be at least 2"),
         ({"--eval-data": "missing.jsonl"}, "missing.jsonl: cannot be read"),
+        ({"--sharing": "off", "--attention": "sdpa"}, "--attention sdpa: with --sharing off the model's own"),
         ({"--resume": ""}, "--resume: there is no checkpoint"),
         ({"--lr-scheduler": "no_such"}, "no_such"),
         ({"--lr-scheduler": "cosine_with_min_lr"}, "--lr-scheduler cosine_with_min_lr: cannot be used without"),
@@ -189,6 +303,20 @@ def test_a_reference_without_the_tokens_is_refused_before_a_model_is_loaded(tiny
     assert "the model's vocabulary is 12" in error
 
 
+@pytest.mark.quick
+def test_a_reference_with_too_few_positions_is_refused_before_a_model_is_loaded(tiny, tmp_path, capsys, monkeypatch):
+    model, data = tiny
+    config = transformers.GPT2Config(vocab_size=50, n_positions=12, n_embd=8, n_layer=1, n_head=2)
+    config.save_pretrained(tmp_path / "ref")
+    options = ["--data", data, "--model", model, "--output", tmp_path / "out", "--ref", tmp_path / "ref"]
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    assert command(*options) == 2
+    error = capsys.readouterr().err
+    assert f"--ref {tmp_path / 'ref'}: it has 12 positions, the longest pair 13 tokens" in error
+    with pytest.raises(TypeError):  # --max-length 12 gets as far as the model
+        command(*options, "--max-length", 12)
+
+
 def test_options_of_the_wrong_kind_are_refused(capsys):
     for option, value in (
         ("--lr", "0"),
@@ -200,6 +328,9 @@ def test_options_of_the_wrong_kind_are_refused(capsys):
         ("--weight-decay", "inf"),
         ("--seed", "-1"),
         ("--seed", str(2**32)),
+        ("--sharing", "some"),
+        ("--attention", "none"),
+        ("--max-tokens", "0"),
     ):
         with pytest.raises(SystemExit) as caught:
             command(option, value)
