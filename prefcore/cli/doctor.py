@@ -1,4 +1,4 @@
-"""``prefcore doctor``: what is installed, which devices are there, which implementations can run."""
+"""``prefcore doctor``: what is installed, which devices are there, what can run on them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 
 import prefcore
 from prefcore import _impl, _native
+from prefcore.hf import _backends
 
 PACKAGES = (
     "torch",
@@ -35,8 +36,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "doctor",
         help="versions, devices, and which implementation of which op is available here",
-        description="Say what is installed, which devices are there, which implementation of which op "
-        "can run here, and how to get a missing one.",
+        description="Say what is installed, which devices are there, which implementation of which op and which "
+        "attention of packed batches can run here, and how to get a missing one.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(run=run)
@@ -50,13 +51,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """The report as plain data: ``versions``, ``devices``, ``extension``, ``ops``, ``extras``."""
+    """The report as plain data: ``versions``, ``devices``, ``extension``, ``ops``, ``attention``, ``extras``."""
     versions = {"prefcore": prefcore.__version__, "python": platform.python_version()}
     return {
         "versions": versions | {name: _version(name) for name in PACKAGES},
         "devices": _devices(),
         "extension": _extension(),
         "ops": {op: _op(op) for op in _impl.IMPLEMENTATIONS},
+        "attention": _attention(),
         "extras": {extra: _extra(extra) for extra in USER_EXTRAS},
     }
 
@@ -133,6 +135,15 @@ def _no_device(device_type: str, impl: _impl.Impl) -> str | None:
     return f"no GPU is seen here{how}"
 
 
+def _attention() -> dict[str, Any]:
+    """Which attention of packed batches can train a bfloat16 model here that asks for nothing special."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plain = _backends.Needs(64, 64, frozenset({None}), softcap=False, sinks=False, dropout=False)
+    use = (plain, device, torch.bfloat16, True)
+    lacks = {name: backend.lacks(*use) for name, backend in _backends.BACKENDS.items()}
+    return {"device": device.type, "backends": lacks, "auto": _backends.choose("auto", *use)}
+
+
 def _extra(extra: str) -> dict[str, Any]:
     """What an extra of this distribution asks for that is absent or too old, and the line that gets it."""
     try:
@@ -183,6 +194,11 @@ def _text(report: dict[str, Any]) -> str:
         lines.append(f"  {op}: auto takes {auto}")
         for impl, lack in entry["implementations"].items():
             lines.append(f"    {impl:12}{'available' if lack is None else 'not here: ' + lack}")
+
+    attention = report["attention"]
+    lines += ["", "attention of packed batches", f"  auto takes {attention['auto']} on {attention['device']}"]
+    for name, lack in attention["backends"].items():
+        lines.append(f"    {name:12}{'available' if lack is None else 'not here: ' + lack}")
 
     lines += ["", "extras"]
     for extra, entry in report["extras"].items():

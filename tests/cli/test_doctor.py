@@ -9,6 +9,7 @@ import torch
 
 from prefcore import _impl, _native
 from prefcore.cli import doctor
+from prefcore.hf import _backends
 
 pytestmark = pytest.mark.quick
 
@@ -55,6 +56,24 @@ def test_a_missing_extension_is_named_with_the_way_to_get_it(capsys, monkeypatch
     assert "prefcore._C   not built" in text
     assert "not here: it is not built: build it" in text
     assert "auto takes nothing on cpu" in text
+
+
+def test_every_attention_backend_is_listed_with_why_it_cannot_run(capsys):
+    entry = json.loads(report(capsys, "--json"))["attention"]
+    assert list(entry["backends"]) == list(_backends.BACKENDS)
+    assert entry["backends"]["sdpa"] is None
+    assert entry["backends"][entry["auto"]] is None
+    text = report(capsys)
+    assert f"auto takes {entry['auto']} on {entry['device']}" in text
+    for name, lack in entry["backends"].items():
+        assert f"    {name:12}{'available' if lack is None else f'not here: {lack}'}" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs these backends")
+def test_without_a_gpu_the_attention_backends_say_so(capsys):
+    lacks = json.loads(report(capsys, "--json"))["attention"]["backends"]
+    assert "GPU" in lacks["varlen"] or "varlen_attn" in lacks["varlen"]
+    assert lacks["flex"] == "it has no backward on a CPU"
 
 
 def test_an_extra_names_what_is_absent_or_too_old(monkeypatch):
