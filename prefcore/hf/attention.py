@@ -203,15 +203,11 @@ def _forward(backbone: Any, batch: PackedBatch, prepared: Prepared) -> Any:
 
 def _prepare(backbone: nn.Module, batch: PackedBatch, attention: str, needs: Needs) -> Prepared:
     device = batch.input_ids.device
-    name = _choose(backbone, attention, needs, device, torch.is_grad_enabled())
+    needs = needs._replace(dropout=needs.dropout and backbone.training)
+    name = _backends.choose(attention, needs, device, _dtype(backbone), torch.is_grad_enabled())
     build = _backends.BACKENDS[name].plan
     key = (build, device, needs.windows)
     return Prepared(name, batch.layout.plan(key, lambda: build(batch.layout, device, needs.windows)))
-
-
-def _choose(backbone: nn.Module, attention: str, needs: Needs, device: torch.device, grad: bool) -> str:
-    dropout = needs.dropout and backbone.training
-    return _backends.choose(attention, needs._replace(dropout=dropout), device, _dtype(backbone), grad)
 
 
 def _dtype(backbone: nn.Module) -> torch.dtype:
@@ -251,7 +247,7 @@ def check(backbone: Any, sharing: str, attention: str = "auto", train: bool = Fa
     """What a backbone asks of its attention, after a probe of whether it follows a layout.
 
     The outcome is kept for each class and configuration of a model, so the probe (four forward passes of a few
-    tokens) runs once. With ``train`` the backend must also have what a backward pass needs.
+    tokens) runs once. With ``train`` the backend must also have what training needs.
 
     Raises:
         ValueError, NotImplementedError: as :func:`run_packed`.
@@ -271,7 +267,7 @@ def check(backbone: Any, sharing: str, attention: str = "auto", train: bool = Fa
             f'{type(backbone).__name__} cannot run a batch that {kind}: {found}; sharing="off" pads instead'
         )
     if train:
-        _choose(backbone, attention, found, next(backbone.parameters()).device, grad=True)
+        _backends.choose(attention, found, next(backbone.parameters()).device, _dtype(backbone), grad=True)
     return found
 
 
@@ -313,8 +309,8 @@ def _probe(backbone: Any, switch: _Switch, sharing: Any, attention: str) -> Need
             second = _forward(backbone, other, _prepare(backbone, other, attention, needs)).last_hidden_state[0]
     except NotImplementedError as error:
         return str(error)
-    except TypeError as error:
-        return f"it does not take position_ids and further keyword arguments ({error})"
+    except (TypeError, AttributeError) as error:
+        return f"it does not take position_ids and further keyword arguments without a mask ({error})"
     finally:
         _recording = None
         for module in training:

@@ -163,16 +163,18 @@ def test_a_pair_larger_than_max_tokens_is_refused_before_a_model_is_loaded(tiny,
     assert "max_tokens must be at least 2, got 1" in capsys.readouterr().err
 
 
-def test_a_model_that_cannot_be_packed_is_refused_before_training_and_runs_padded(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["Bloom", "Mpt"])
+def test_a_model_that_cannot_be_packed_is_refused_before_training_and_runs_padded(tiny, tmp_path, capsys, kind):
     _, data = tiny
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny[0])
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "n_layer": 1, "n_head": 2}
-    transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)).save_pretrained(tmp_path / "model")
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     options = ["--data", data, "--model", tmp_path / "model", "--max-steps", 1, "--output"]
     assert command(*options, tmp_path / "out") == 1
     error = capsys.readouterr().err
-    assert "BloomModel cannot run a batch that shares its prompts" in error
+    assert f"{kind}Model cannot run a batch that shares its prompts" in error
     assert error.endswith("; --sharing off pads instead\n")
     assert not (tmp_path / "out" / "metrics.json").exists()
     assert command(*options, tmp_path / "padded", "--sharing", "off") == 0
