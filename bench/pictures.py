@@ -70,8 +70,8 @@ def draw_layout(path: Path) -> None:
     _draw_tokens(strip, batch, words, [colours[s] for s in segment])
     _draw_attention(grid, batch, words, colours)
     figure.suptitle(
-        f"A batch of two prompts with three and two responses: {n} tokens\n"
-        f'(sharing="pack" takes {batches["pack"].layout.tokens}, sharing="off" {batches["off"].layout.tokens})',
+        f'Two prompts with three and two responses: {n} tokens with sharing="share"\n'
+        f'({batches["pack"].layout.tokens} with "pack", {batches["off"].layout.tokens} with "off")',
         fontsize=13,
     )
     figure.savefig(path, dpi=100)
@@ -151,14 +151,14 @@ def _draw_attention(axis: Axes, batch: PackedBatch, words: list[str], colours: l
     )
 
 
-def measure() -> dict:
-    """The history of the demonstration's training, with prompts shared and with padded rows."""
+def measure(**sizes: int) -> dict:
+    """The history of the demonstration's training, with prompts shared and with padded rows; ``sizes`` as it has."""
     from prefcore.cli import _demo, main
 
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         shared, padded = Path(folder, "share"), Path(folder, "off")
-        given = _demo.run(shared)["settings"]
+        given = _demo.run(shared, **sizes)["settings"]
         options = [
             *("--data", shared / "pairs.jsonl", "--eval-data", shared / "held-out.jsonl", "--model", shared / "start"),
             *("--lr", given["lr"], "--beta", given["beta"], "--batch-size", given["batch_size"]),

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -40,8 +41,40 @@ def test_the_readme_tables_are_those_of_their_results(monkeypatch):
     for name in named:
         report = json.loads((ROOT / name).read_text())
         assert report["command"] in text
-        module = importlib.import_module(report["command"].split()[2])
-        assert module.markdown(report) in text, f"the table is not that of {name}"
+        module = report["command"].split()[2]
+        if module != "bench.pictures":
+            markdown = importlib.import_module(module).markdown
+            assert markdown(report) in text, f"the table is not that of {name}"
+
+
+def test_the_readme_pictures_are_there_and_small():
+    pictures = re.findall(r"!\[[^]]+\]\(([\w/.-]+)\)", README.read_text())
+    assert pictures
+    for name in pictures:
+        content = (ROOT / name).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert len(content) < 150_000, name
+
+
+def test_the_pictures_can_be_drawn_again(tmp_path, monkeypatch):
+    for package in ("matplotlib", "transformers"):
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(ROOT)
+    from bench import pictures
+
+    batch = pictures.batch_of("share")
+    texts = [len(text.split()) for prompt, responses in pictures.GROUPS for text in (prompt, *responses)]
+    assert batch.layout.lengths.tolist() == texts
+    pictures.draw_layout(tmp_path / "layout.png")
+    threads = torch.get_num_threads()
+    try:
+        report = pictures.measure(tuning_steps=1, train_pairs=64)
+    finally:
+        torch.set_num_threads(threads)
+    assert report.keys() == json.loads(pictures.RESULTS.read_text()).keys()
+    pictures.draw_sharing(report, tmp_path / "sharing.png")
+    for name in ("layout", "sharing"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=str)
