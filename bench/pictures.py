@@ -152,7 +152,7 @@ def _draw_attention(axis: Axes, batch: PackedBatch, words: list[str], colours: l
 
 
 def measure(**sizes: int) -> dict:
-    """The history of the demonstration's training, with prompts shared and with padded rows; ``sizes`` as it has."""
+    """The history of the demonstration's training, with prompts shared and without; ``sizes`` as it has."""
     from prefcore.cli import _demo, main
 
     runs = {}
@@ -165,7 +165,7 @@ def measure(**sizes: int) -> dict:
             *("--epochs", given["epochs"], "--seed", given["seed"], "--sharing", "off", "--output", padded),
         ]
         if main(["train", *map(str, options)]):
-            raise RuntimeError("the run with padded rows failed")
+            raise RuntimeError("the run with --sharing off failed")
         for name, output in (("share", shared), ("off", padded)):
             results = json.loads((output / "metrics.json").read_text())
             keep = {"step", *SHOWN, *(f"eval_{metric}" for metric in SHOWN)}
@@ -174,19 +174,18 @@ def measure(**sizes: int) -> dict:
 
 
 def draw_sharing(report: dict, path: Path) -> None:
-    """Loss, margin and accuracy of the same training with prompts shared and with padded rows."""
+    """Loss, margin and accuracy of the same training with prompts shared and without."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")
     styles: dict[str, dict] = {
         "share": {"color": "#4aa3c7", "linewidth": 5, "alpha": 0.55, "solid_capstyle": "round"},
         "off": {"color": "#16324a", "linewidth": 1.3},
     }
-    labels = {"share": "prompts shared", "off": "padded rows"}
     for axis, (metric, title) in zip(axes, SHOWN.items(), strict=True):
         apart = 0.0
         for prefix, line, kind in (("", "-", "training"), ("eval_", "--", "held out")):
             curves = {name: points(history, prefix, metric) for name, history in report["runs"].items()}
             for name, curve in curves.items():
-                axis.plot(*curve, line, label=f"{labels[name]}, {kind}", **styles[name])
+                axis.plot(*curve, line, label=f'sharing="{name}", {kind}', **styles[name])
             apart = max(apart, float(np.abs(curves["share"][1] - curves["off"][1]).max()))
         axis.set_title(f"{title}\n{f'largest difference {apart:.1e}' if apart else 'the same throughout'}", fontsize=11)
         axis.set_xlabel("step")

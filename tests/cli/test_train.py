@@ -75,9 +75,22 @@ def test_a_reference_may_be_kept_named_or_precomputed(tiny, tmp_path):
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
 
 
-def history(tiny, output, *options):
+@pytest.fixture
+def ragged(tiny, tmp_path):
+    """The tiny model and pairs of unequal lengths: prompts of 1 to 5 tokens, answers of 2 to 7."""
+    names = list(_demo.ANIMALS)
+    words = lambda first, count: " ".join(names[(first + i) % len(names)] for i in range(count))
+    records = [
+        {"prompt": words(i, 1 + i % 5), "chosen": words(2 * i, 1 + i % 6), "rejected": words(3 * i + 1, 1 + i % 4)}
+        for i in range(24)
+    ]
+    (tmp_path / "ragged.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return tiny[0], tmp_path / "ragged.jsonl"
+
+
+def history(pairs, output, *options):
     """The settings that a short run records, and its numbers by step and name."""
-    model, data = tiny
+    model, data = pairs
     steps = ["--batch-size", 6, "--max-steps", 4, "--logging-steps", 1, "--lr", 1e-3, "--no-bf16"]
     assert command("--data", data, "--model", model, "--output", output, "--eval-fraction", 0.25, *steps, *options) == 0
     results = json.loads((output / "metrics.json").read_text())
@@ -93,10 +106,10 @@ def history(tiny, output, *options):
     }
 
 
-def test_sharing_packing_and_smaller_forward_passes_train_as_padding_does(tiny, tmp_path):
-    _, padded = history(tiny, tmp_path / "off", "--sharing", "off")
+def test_sharing_packing_and_smaller_forward_passes_train_as_padding_does(ragged, tmp_path):
+    _, padded = history(ragged, tmp_path / "off", "--sharing", "off")
     assert (4, "eval_loss") in padded
-    # Sums of up to 6 log-probs of a few nats: below 32, so a rounding is below 32 * 2**-24; some 30 of them in a row.
+    # Sums of up to 7 log-probs of a few nats: below 32, so a rounding is below 32 * 2**-24; some 30 of them in a row.
     bound = 32 * 32 * 2**-24
     for number, options in enumerate(
         (
@@ -108,12 +121,12 @@ def test_sharing_packing_and_smaller_forward_passes_train_as_padding_does(tiny, 
             ["--sharing", "share", "--attention", "sdpa", "--no-precompute-ref"],
         )
     ):
-        settings, numbers = history(tiny, tmp_path / str(number), *options)
+        settings, numbers = history(ragged, tmp_path / str(number), *options)
         assert settings["sharing"] == options[1]
         assert numbers == pytest.approx(padded, rel=0, abs=bound), options
 
 
-def test_max_tokens_bounds_every_forward_pass(tiny, tmp_path, monkeypatch):
+def test_max_tokens_bounds_every_forward_pass(ragged, tmp_path, monkeypatch):
     from prefcore.hf import attention
 
     seen = []
@@ -121,9 +134,11 @@ def test_max_tokens_bounds_every_forward_pass(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(
         attention, "run_packed", lambda model, batch, *rest: seen.append(batch) or run(model, batch, *rest)
     )
-    history(tiny, tmp_path, "--max-tokens", 45)
+    history(ragged, tmp_path, "--max-tokens", 45)
     assert max(batch.layout.tokens for batch in seen) <= 45
-    assert {batch.cu_groups.numel() - 1 for batch in seen} == {2}  # of the 6 pairs of a batch, 20 tokens each
+    counts = [batch.cu_groups.numel() - 1 for batch in seen]
+    assert max(counts) < 6  # a batch of 6 pairs never fits
+    assert min(counts) > 1
 
 
 def test_of_a_conversation_the_assistants_turns_are_scored(tiny, tmp_path):
