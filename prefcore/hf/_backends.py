@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +73,8 @@ class Bucket(NamedTuple):
     context: Tensor | None  # int64 [size], lengths of the contexts; None where there are none
 
 
-class DensePlan(NamedTuple):
+@dataclass(eq=False)  # not a tuple, whose entries torch.compile would look at and compile for
+class DensePlan:
     query: Tensor  # int32 [sum of size * q], the token in each place, -1 for padding
     key: Tensor  # int32 [sum of size * k]
     back: Tensor  # int32 [N], the place of each token among the padded queries
@@ -317,10 +319,12 @@ def flex(plan: FlexPlan, query: Tensor, key: Tensor, value: Tensor, call: Call) 
 def _flex_attention(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Uncompiled, it would compute all N * N scores.
-    return torch.compile(flex_attention, dynamic=True)
+    # Uncompiled, it would compute all N * N scores. Inductor's C++ for shapes that vary takes a size ks19 for its
+    # variable ks1 and does not compile (torch 2.13), so on a CPU each layout is compiled anew.
+    return torch.compile(flex_attention, dynamic=device != "cpu")
 
 
+@torch.compiler.disable  # each layout has buckets of its own, and would be compiled anew
 def dense(plan: DensePlan, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
     to_query, to_key, to_back = plan.inverses
     query = prefcore.gather_rows(query, plan.query, inverse=to_query)
