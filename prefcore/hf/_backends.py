@@ -45,7 +45,7 @@ class Needs(NamedTuple):
     windows: frozenset[int | None]
     softcap: bool
     sinks: bool
-    dropout: bool  # in training mode
+    dropout: bool  # now: in training mode, and not turned off
 
 
 class VarlenPlan(NamedTuple):
@@ -81,6 +81,20 @@ class DensePlan:
     inverses: tuple[prefcore.RowInverse, ...]  # of query, key and back
     buckets: tuple[Bucket, ...]
     masks: dict[int | None, tuple[Tensor | None, ...]]  # bool [size, 1, q, k] of each bucket, for each window
+
+    def to(self, device: torch.device | int | str, non_blocking: bool = False) -> DensePlan:
+        """As accelerate moves a layer's arguments to its device, where a model is spread over several."""
+        if self.query.device == torch.device(device):
+            return self
+        move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+        return DensePlan(
+            move(self.query),
+            move(self.key),
+            move(self.back),
+            tuple(prefcore.RowInverse(*map(move, inverse)) for inverse in self.inverses),
+            tuple(bucket._replace(context=move(bucket.context)) for bucket in self.buckets),
+            {window: tuple(map(move, masks)) for window, masks in self.masks.items()},
+        )
 
 
 Plan = VarlenPlan | FlexPlan | DensePlan

@@ -41,7 +41,6 @@ class _Seen(NamedTuple):
     head_size: int
     value_size: int
     call: Call
-    dropout: float  # in training mode
 
 
 class _Record:
@@ -88,7 +87,7 @@ def attend(
         raise NotImplementedError(f"{name} asks for attention of {tuple(query.shape)} to {tuple(key.shape)}")
     call = Call(scaling, dropout, sliding_window, softcap, s_aux)
     if _recording is not None:
-        _recording.calls.append(_Seen(query.shape[-1], value.shape[-1], call, _dropout_of(module)))
+        _recording.calls.append(_Seen(query.shape[-1], value.shape[-1], call))
     if torch.is_autocast_enabled(query.device.type):
         # Norms of queries and keys leave float32 behind.
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
@@ -120,9 +119,16 @@ class _Switch:
             id(c): c for c in (getattr(m, "config", None) for m in modules) if hasattr(c, "_attn_implementation")
         }
         self.configs = list(found.values())
-        self.checkpointing = [module for module in modules if hasattr(module, "gradient_checkpointing")]
+        # Not the modules themselves: the backbone is among them, and would keep itself alive in _switches.
+        self.checkpointing = [weakref.ref(module) for module in modules if hasattr(module, "gradient_checkpointing")]
+        self.layers = [weakref.ref(module) for module in modules if "attention" in type(module).__name__.lower()]
         self.found: dict[tuple, Needs | str] = {}  # by use, what check() found of this model
         self._wrapped: dict[int, tuple[Callable, Callable]] = {}
+
+    def dropout(self) -> bool:
+        """Whether attention would drop something now."""
+        layers: list[Any] = [layer for layer in (ref() for ref in self.layers) if layer is not None]
+        return any(layer.training and _dropout_of(layer) > 0 for layer in layers)
 
     @contextlib.contextmanager
     def on(self, name: str = _NAME) -> Iterator[None]:
@@ -139,7 +145,8 @@ class _Switch:
     @contextlib.contextmanager
     def _recomputing(self) -> Iterator[None]:
         """Checkpointed layers run again during the backward pass, when the switch is off."""
-        changed = [(m, m._gradient_checkpointing_func) for m in self.checkpointing if m.gradient_checkpointing]
+        modules = [module for module in (ref() for ref in self.checkpointing) if module is not None]
+        changed = [(m, m._gradient_checkpointing_func) for m in modules if m.gradient_checkpointing]
         for module, function in changed:
             module._gradient_checkpointing_func = self._with_switch(function)
         try:
@@ -203,7 +210,6 @@ def _forward(backbone: Any, batch: PackedBatch, prepared: Prepared) -> Any:
 
 def _prepare(backbone: nn.Module, batch: PackedBatch, attention: str, needs: Needs) -> Prepared:
     device = batch.input_ids.device
-    needs = needs._replace(dropout=needs.dropout and backbone.training)
     name = _backends.choose(attention, needs, device, _dtype(backbone), torch.is_grad_enabled())
     build = _backends.BACKENDS[name].plan
     key = (build, device, needs.windows)
@@ -238,8 +244,8 @@ def _refuse_wrappers(backbone: nn.Module) -> None:
 
 def _switch(backbone: nn.Module) -> _Switch:
     if backbone not in _switches:
-        _switches[backbone] = _Switch(backbone)
         _refuse_wrappers(backbone)
+        _switches[backbone] = _Switch(backbone)
     return _switches[backbone]
 
 
@@ -266,6 +272,8 @@ def check(backbone: Any, sharing: str, attention: str = "auto", train: bool = Fa
         raise NotImplementedError(
             f'{type(backbone).__name__} cannot run a batch that {kind}: {found}; sharing="off" pads instead'
         )
+    # The model's own settings, not its configuration's: a trainer may have turned dropout off.
+    found = found._replace(dropout=switch.dropout())
     if train:
         _backends.choose(attention, found, next(backbone.parameters()).device, _dtype(backbone), grad=True)
     return found
@@ -323,7 +331,8 @@ def _probe(backbone: Any, switch: _Switch, sharing: Any, attention: str) -> Need
     leak = _relative(second[rows], first[rows])
     # The first response and its own rows did change; the others are the rest.
     leak[: sizes[0][1]] = 0
-    eps = torch.finfo(first.dtype).eps
+    # Under autocast a last norm may hand on float32 that was computed in 16 bits.
+    eps = max(torch.finfo(dtype).eps for dtype in (first.dtype, _dtype(backbone)))
     # Zero, but for experts whose products are rounded differently with the number of their tokens.
     if not leak.max() <= max(1e-5, eps / 4):
         return f"a sequence changes others in the row (by {float(leak.max()):.1e})"
@@ -339,7 +348,9 @@ def _summary(record: _Record) -> Needs | str:
     if not record.calls:
         return "it does not call the attention function registered with transformers"
     windows = {seen.call.window for seen in record.calls}
-    if record.masks and record.masks != windows:
+    # A mask without a window may be made and not used.
+    full = None in windows and None not in record.masks
+    if record.masks and (full or windows | {None} != record.masks | {None}):
         return (
             f"its masks ask for windows of {_words(record.masks)} tokens, its attention for {_words(windows)} "
             "(chunked attention, or a window that only the mask knows)"
@@ -350,7 +361,7 @@ def _summary(record: _Record) -> Needs | str:
         windows=frozenset(windows),
         softcap=any(seen.call.softcap is not None for seen in record.calls),
         sinks=any(seen.call.sinks is not None for seen in record.calls),
-        dropout=any(seen.dropout > 0 for seen in record.calls),
+        dropout=False,
     )
 
 
