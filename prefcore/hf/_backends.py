@@ -86,7 +86,10 @@ class DensePlan:
         """As accelerate moves a layer's arguments to its device, where a model is spread over several."""
         if self.query.device == torch.device(device):
             return self
-        move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        def move(tensor: Any) -> Any:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
         return DensePlan(
             move(self.query),
             move(self.key),
