@@ -228,7 +228,8 @@ def _dense_mask(bucket: Bucket, window: int | None, device: torch.device) -> Ten
     if bucket.context is None and window is None:
         return None
     context = torch.zeros(1, dtype=torch.int32, device=device) if bucket.context is None else bucket.context
-    q = torch.arange(bucket.q, device=device)[:, None] + context[:, None, None]
+    # No query that counts lies beyond the keys; one of the padding would find nothing in its window there.
+    q = (torch.arange(bucket.q, device=device)[:, None] + context[:, None, None]).clamp(max=bucket.k - 1)
     k = torch.arange(bucket.k, device=device)
     mask = k <= q
     if window is not None:
@@ -299,13 +300,18 @@ def varlen(plan: VarlenPlan, query: Tensor, key: Tensor, value: Tensor, call: Ca
     return out[..., :size]
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile would trace it, and warn of the cache
 def _varlen_takes(name: str) -> bool:
+    return name in _varlen_parameters()
+
+
+@functools.cache
+def _varlen_parameters() -> frozenset[str]:
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return False
+        return frozenset()
     from torch.nn.attention.varlen import varlen_attn
 
-    return name in inspect.signature(varlen_attn).parameters
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def flex(plan: FlexPlan, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
@@ -332,8 +338,16 @@ def flex(plan: FlexPlan, query: Tensor, key: Tensor, value: Tensor, call: Call) 
     return result[0].transpose(0, 1)
 
 
-@functools.cache
 def _flex_attention(device: str) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if torch.compiler.is_compiling():
+        return flex_attention
+    return _compiled_flex_attention(device)
+
+
+@functools.cache
+def _compiled_flex_attention(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     # Uncompiled, it would compute all N * N scores. Inductor's C++ for shapes that vary takes a size ks19 for its

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
@@ -82,10 +82,11 @@ def assert_backend_equals_oracle(name, layout, call, leaves, tolerance):
         assert error <= tolerance * max(1.0, float(b.abs().max())), (part, error)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    sizes=lengths, window=windows, softcap=st.sampled_from([None, 2.0]), sinks=st.booleans(), value=st.integers(1, 9)
-)
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@settings(max_examples=25, deadline=None)
+@given(sizes=lengths, window=windows, value=st.integers(1, 9))
+@example(sizes=[(1, [2]), (2, [1])], window=1, value=1)  # padding behind the last key, whose window is empty
 def test_dense_equals_softmax_over_the_layout(sizes, window, softcap, sinks, value):
     layout = layout_of(sizes)
     leaves = tensors(layout, value, sinks=sinks)
@@ -279,6 +280,89 @@ def test_varlen_kernels_are_asked_for_softmax_over_the_layout(kernels_as_loops, 
     softcap = 2.0 if name == "flash" else None
     call = PLAIN._replace(window=window, scale=0.4, softcap=softcap)
     assert_backend_equals_oracle(name, layout, call, tensors(layout, value, heads=heads), 1e-13)
+
+
+@pytest.fixture(scope="module")
+def varlen_operator():
+    """A kernel to torch.compile, as the real one is; forward only."""
+
+    @torch.library.custom_op("prefcore_tests::varlen", mutates_args=())
+    def varlen(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_q: torch.Tensor,
+        cu_k: torch.Tensor,
+        max_q: int,
+        max_k: int,
+        left: int,
+    ) -> torch.Tensor:
+        return loop_of_segments(q, k, v, cu_q, cu_k, max_q, max_k, (left, 0), None)
+
+    @varlen.register_fake
+    def _(q, k, v, *others):
+        return q.new_empty(*q.shape[:2], v.shape[2])
+
+    return varlen
+
+
+@pytest.fixture
+def graphs():
+    """The graphs that torch.compile makes of what is compiled with ``graphs.compile``."""
+
+    class Graphs(list):
+        def compile(self, function):
+            return torch.compile(function, backend=lambda graph, _: self.append(graph) or graph, fullgraph=True)
+
+    torch._dynamo.reset()
+    yield Graphs()
+    torch._dynamo.reset()
+
+
+LAYOUTS = (
+    [(9, [4, 3]), (1, [5])],
+    [(3, [2]), (12, [40, 3])],
+    [(30, [1, 2, 30, 5]), (2, [9])],
+    [(5, [7])],
+    [(6, [3, 1])],
+)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("sharing", ["share", "pack"])
+def test_varlen_compiles_whole_and_for_all_layouts(varlen_operator, kernels_as_loops, graphs, monkeypatch, sharing):
+    call = PLAIN._replace(window=5)
+    layouts = [layout_of(sizes, sharing) for sizes in LAYOUTS]
+    plans = [_backends.varlen_plan(layout, CPU, frozenset({5})) for layout in layouts]
+    given = [[leaf.detach() for leaf in tensors(layout)] for layout in layouts]
+    wanted = [_backends.varlen(plan, *leaves, call) for plan, leaves in zip(plans, given, strict=True)]
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        return varlen_operator(q, k, v, cu_q, cu_k, max_q, max_k, window_size[0])
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    compiled = graphs.compile(_backends.varlen)
+    counts = []
+    for plan, leaves, expected in 2 * list(zip(plans, given, wanted, strict=True)):
+        assert torch.equal(compiled(plan, *leaves, call), expected)
+        counts.append(len(graphs))
+    # One for the first shapes, one for shapes that vary, one where a length did so later than the others.
+    assert counts[-1] == counts[len(LAYOUTS) - 1] <= 3
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_compiles_whole_and_not_for_each_layout(graphs):
+    call = PLAIN._replace(window=5)
+    compiled = graphs.compile(_backends.flex)
+    counts = []
+    for sizes in (*LAYOUTS, *LAYOUTS):
+        layout = layout_of(sizes)
+        q, k, v = (leaf.detach() for leaf in tensors(layout, dtype=torch.float32))
+        plan = _backends.flex_plan(layout, CPU, frozenset({5}))
+        expected = oracle(layout, q.double(), k.double(), v.double(), call)
+        torch.testing.assert_close(compiled(plan, q, k, v, call).double(), expected, rtol=0, atol=1e-5)
+        counts.append(len(graphs))
+    assert counts[-1] == counts[len(LAYOUTS) - 1] <= 3
 
 
 def test_shared_keys_are_copied_once_and_unshared_ones_not_at_all():
