@@ -120,6 +120,17 @@ def test_dense_buckets_hold_every_token_once_and_little_padding(sizes, sharing):
     assert sum(token >= 0 for token in plan.key.tolist()) == keys.sum()
 
 
+def test_a_dense_plan_moves_whole():
+    plan = _backends.dense_plan(layout_of([(9, [5, 3, 1]), (1, [7])]), CPU, frozenset({None, 4}))
+    assert plan.to("cpu") is plan
+    moved = plan.to("meta")
+    tensors = [moved.query, moved.key, moved.back, *(t for inverse in moved.inverses for t in inverse)]
+    tensors += [bucket.context for bucket in moved.buckets if bucket.context is not None]
+    tensors += [mask for masks in moved.masks.values() for mask in masks if mask is not None]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.masks.keys() == plan.masks.keys()
+
+
 def test_alike_segments_make_one_bucket_and_unlike_ones_several():
     few = _backends.dense_plan(layout_of([(40, [20, 21, 20, 19])]), CPU, frozenset({None}))
     assert len(few.buckets) == 2  # the prompt, and its responses

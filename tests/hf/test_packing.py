@@ -278,6 +278,24 @@ def test_attention_dropout_is_random_in_training_and_absent_in_evaluation(name):
     torch.testing.assert_close(run(), torch.stack(list(alone(model, prompts, responses, masks))).detach())
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_whether_attention_drops_is_read_from_the_layers_as_they_are(name):
+    rate = "attn_pdrop" if name == "gpt2" else "attention_dropout"
+    model = make(name, **{rate: 0.3})
+    backbone = find_head(model).backbone
+    assert not check(backbone, "share").dropout
+    model.train()
+    assert check(backbone, "share").dropout
+    for module in model.modules():  # as a trainer turns it off
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    assert not check(backbone, "share").dropout
+    assert check(find_head(make(name, **{rate: 0.3}).train()).backbone, "share").dropout
+
+
 @pytest.mark.parametrize("backend", ["varlen", "flex"])
 def test_attention_dropout_is_refused_by_backends_that_lack_it(backend):
     module = nn.Module()
