@@ -1,5 +1,6 @@
 """Packed attention on a GPU: backends against softmax over the layout, models against one sequence at a time."""
 
+import copy
 import math
 
 import numpy as np
@@ -190,20 +191,26 @@ def test_a_model_is_no_worse_packed_than_one_sequence_at_a_time(name, attention)
     prompts, responses = examples()
     batch = pack(prompts, responses).to(DEVICE)
     try:
-        mine, gradients = with_parameter_gradients(model, response_logps(model, batch, attention=attention))
+        mine = with_parameter_gradients(model, response_logps(model, batch, attention=attention))
     except NotImplementedError as lack:
         if attention == "auto" or "cannot be used here" not in str(lack):
             raise
         pytest.skip(str(lack))
-    eager, eager_gradients = with_parameter_gradients(model, one_at_a_time(model, prompts, responses))
+    eager = with_parameter_gradients(model, one_at_a_time(model, prompts, responses))
     model.double()
-    truth, true_gradients = with_parameter_gradients(model, one_at_a_time(model, prompts, responses))
-    # A log-prob is the sum of the tokens' own, each off by some roundings of a logit in bfloat16.
-    band = torch.finfo(torch.bfloat16).eps * float(truth.abs().max())
-    assert_no_worse_than(mine.float(), eager.float(), truth, name, band=band)
-    for key, true in true_gradients.items():
-        error, budget = (float((g[key] - true).norm()) for g in (gradients, eager_gradients))
-        assert error <= 2 * budget + 4 * torch.finfo(torch.bfloat16).eps * float(true.norm()), (key, error, budget)
+    truth = with_parameter_gradients(model, one_at_a_time(model, prompts, responses))
+    assert_model_no_worse_than(mine, eager, truth)
+
+
+def assert_model_no_worse_than(mine, eager, truth):
+    """Of log-probs and parameter gradients in bfloat16."""
+    eps = torch.finfo(torch.bfloat16).eps
+    # A log-prob is the sum of the tokens' own, each off by some roundings of a logit.
+    band = eps * float(truth[0].abs().max())
+    assert_no_worse_than(mine[0].float(), eager[0].float(), truth[0], "logps", band=band)
+    for key, true in truth[1].items():
+        error, budget = (float((gradients[key] - true).norm()) for _, gradients in (mine, eager))
+        assert error <= 2 * budget + 4 * eps * float(true.norm()), (key, error, budget)
 
 
 def test_a_forward_and_backward_with_a_prepared_plan_do_not_wait_for_the_gpu():
@@ -221,22 +228,20 @@ def test_a_forward_and_backward_with_a_prepared_plan_do_not_wait_for_the_gpu():
 
 
 @pytest.mark.parametrize("attention", ["varlen", "flex"])
-def test_layers_compile_whole_and_give_the_same(attention):
-    model = make("llama")
-    batches = [pack(*examples(seed)).to(DEVICE) for seed in range(2)]
-    batches.append(pack([[5, 6, 7]], [[[8] * 90, [9]]]).to(DEVICE))
-    run = lambda batch: with_parameter_gradients(model, response_logps(model, batch, attention=attention))
+def test_layers_compile_whole_and_are_no_worse(attention):
     skip_where_lacking(attention, PLAIN, 32, 32, torch.bfloat16)
-    wanted = [run(batch) for batch in batches]
+    model = make("llama")
+    cases = [examples(0), examples(1), ([[5, 6, 7]], [[[8] * 90, [9]]])]
+    run = lambda case: with_parameter_gradients(
+        model, response_logps(model, pack(*case).to(DEVICE), attention=attention)
+    )
+    wanted = [run(case) for case in cases]
+    exact = copy.deepcopy(model).double()
+    truths = [with_parameter_gradients(exact, one_at_a_time(exact, *case)) for case in cases]
     for layer in model.model.layers:
         layer.compile(fullgraph=True)
-    eps = torch.finfo(torch.bfloat16).eps
-    for batch, (logps, gradients) in zip(batches, wanted, strict=True):
-        got, compiled = run(batch)
-        # Fused operations round less often.
-        torch.testing.assert_close(got, logps, rtol=16 * eps, atol=16 * eps)
-        for key, gradient in gradients.items():
-            assert (compiled[key] - gradient).norm() <= 16 * eps * gradient.norm(), key
+    for case, eager, truth in zip(cases, wanted, truths, strict=True):
+        assert_model_no_worse_than(run(case), eager, truth)
 
 
 def test_a_pinned_batch_is_moved_without_waiting():
