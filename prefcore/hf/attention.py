@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -324,19 +325,20 @@ def _probe(backbone: Any, switch: _Switch, sharing: Any, attention: str) -> Need
         for module in training:
             module.training = True
 
-    rows = batch.rows
-    wanted = torch.cat(
-        [h[p - 1 : -1] for h, (p, _) in zip(expected, (s for s in sizes for _ in range(2)), strict=True)]
-    )
-    leak = _relative(second[rows], first[rows])
-    # The first response and its own rows did change; the others are the rest.
-    leak[: sizes[0][1]] = 0
+    # No token may move that attends to no changed one, prompts' tokens included.
+    changes = (batch.input_ids != other.input_ids).cpu().numpy()
+    reached = torch.from_numpy(batch.layout.attends() @ changes).to(first.device)
+    leak = _relative(second, first)[~reached]
+    # Where each token is among the sequences alone.
+    segment, position = batch.layout.of_tokens()
+    sequence = np.array([0, 0, 1, 2, 2, 3] if sharing == "share" else [0, 1, 2, 3])[segment]
+    wanted = expected[torch.from_numpy(sequence), torch.from_numpy(position)]
     # Under autocast a last norm may hand on float32 that was computed in 16 bits.
     eps = max(torch.finfo(dtype).eps for dtype in (first.dtype, _dtype(backbone)))
     # Zero, but for experts whose products are rounded differently with the number of their tokens.
     if not leak.max() <= max(1e-5, eps / 4):
         return f"a sequence changes others in the row (by {float(leak.max()):.1e})"
-    gap = _relative(first[rows], wanted)
+    gap = _relative(first, wanted)
     # Two kernels' roundings through all layers; in 16 bits a token may also meet another expert. A layout that is
     # ignored is wrong by tens of percent.
     if not (gap.max() <= 1e-2 if eps < 1e-6 else gap.median() <= 5e-2):
