@@ -66,7 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--max-tokens",
         type=_count,
         metavar="N",
-        help="the most tokens of a forward pass; a larger batch runs as several, with the same gradients",
+        help="the most tokens of a forward pass; a larger batch runs as several",
     )
     add(
         "--sharing",

@@ -321,7 +321,7 @@ class PackedCollator:
         pad_token_id: fills the padding of ``sharing="off"``.
 
     Returns:
-        When called with items, a list of :class:`PackedBatch`: one without ``max_tokens``, else as few as hold all
+        When called with items, a list of :class:`PackedBatch`: one without ``max_tokens``, else few that hold all
         groups whole, of about the same size; ``index`` says which item is where.
 
     Raises:
@@ -347,6 +347,9 @@ class PackedCollator:
             raise ValueError("there are no items to collate")
         if any(item.keys() != items[0].keys() for item in items):
             raise ValueError("all items of a batch must have the same keys")
+        for name in ("prompt_ids", *(() if "response_ids" in items[0] else ("chosen_ids", "rejected_ids"))):
+            if name not in items[0]:
+                raise ValueError(f"items need {name!r}, got {', '.join(map(repr, items[0]))}")
         prompts = [item["prompt_ids"] for item in items]
         responses = [responses_of(item) for item in items]
         masks = [_masks_of(item) for item in items]
@@ -368,6 +371,8 @@ class PackedCollator:
             ValueError: a group has more than ``max_tokens``.
         """
         prompts = np.asarray(prompt_lengths, dtype=np.int64)
+        if not all(map(len, response_lengths)):
+            raise ValueError(f"item {[len(group) for group in response_lengths].index(0)} has no response")
         shape = [(len(group), sum(group), max(group)) for group in response_lengths]
         counts, totals, longest = np.array(shape, dtype=np.int64).T
         sizes = {
@@ -446,6 +451,8 @@ def token_ids(what: str, ids: Sequence[int]) -> Ids:
         raise ValueError(f"{what} has no token")
     if array.dtype.kind not in "iu":
         raise ValueError(f"{what} must hold integers, got {array.dtype}")
+    if array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{what} holds the token id {array.max()}")
     array = array.astype(np.int64, copy=False)
     if array.min() < 0:
         raise ValueError(f"{what} holds the token id {array.min()}")

@@ -78,7 +78,12 @@ def attend(
     """
     name = type(module).__name__
     if prefcore_layout is None:
-        raise NotImplementedError(f"{name} does not hand the keyword arguments of the model on to its attention")
+        raise NotImplementedError(
+            f"{name} does not hand the keyword arguments of the model on to its attention, or it was called while a "
+            "packed forward pass of its model was under way"
+        )
+    if attention_mask is not None and attention_mask.numel():
+        raise NotImplementedError(f"{name} has a mask of its own, {tuple(attention_mask.shape)}")
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise NotImplementedError(f"{name} is not causal")
     unknown = [key for key, value in kwargs.items() if isinstance(value, Tensor) and key not in _KNOWN]
@@ -105,7 +110,6 @@ def _record_mask(*args: Any, **kwargs: Any) -> None:
         _recording.masks.add(kwargs.get("local_size"))
 
 
-# No mask is registered for _NAME, so that transformers makes none.
 AttentionInterface.register(_NAME, attend)
 AttentionInterface.register(_PROBE, attend)
 AttentionMaskInterface.register(_PROBE, _record_mask)
@@ -201,9 +205,13 @@ def run_packed(backbone: Any, batch: PackedBatch, attention: str = "auto") -> An
 
 
 def _forward(backbone: Any, batch: PackedBatch, prepared: Prepared) -> Any:
+    # transformers makes no mask where one of four dimensions is given. This one fits nothing: a layer that is
+    # recomputed, by somebody's own checkpointing, with the model's own attention fails instead of seeing everything.
+    mask = None if _recording is not None else batch.input_ids.new_empty((1, 1, 0, 0), dtype=torch.bool)
     return backbone(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
+        attention_mask=mask,
         use_cache=False,
         prefcore_layout=prepared,
     )
@@ -253,8 +261,8 @@ def _switch(backbone: nn.Module) -> _Switch:
 def check(backbone: Any, sharing: str, attention: str = "auto", train: bool = False) -> Needs:
     """What a backbone asks of its attention, after a probe of whether it follows a layout.
 
-    The outcome is kept for each class and configuration of a model, so the probe (four forward passes of a few
-    tokens) runs once. With ``train`` the backend must also have what training needs.
+    The outcome is kept for each class, configuration and set of layers, so the probe (four forward passes of a few
+    tokens) runs once for models that are alike. With ``train`` the backend must also have what training needs.
 
     Raises:
         ValueError, NotImplementedError: as :func:`run_packed`.
@@ -263,7 +271,9 @@ def check(backbone: Any, sharing: str, attention: str = "auto", train: bool = Fa
     use = (sharing, attention, next(backbone.parameters()).device.type, _dtype(backbone))
     if use not in switch.found:
         config = json.dumps(backbone.config.to_diff_dict(), sort_keys=True, default=str)
-        key = (type(backbone), config, *use)
+        # A model whose owner replaced layers, or their forwards, is another model.
+        parts = tuple((type(module), "forward" in vars(module)) for module in backbone.modules())
+        key = (type(backbone), config, parts, *use)
         if key not in _probed:
             _probed[key] = _probe(backbone, switch, sharing, attention)
         switch.found[use] = _probed[key]
@@ -288,7 +298,10 @@ def _probe(backbone: Any, switch: _Switch, sharing: Any, attention: str) -> Need
     sequence gives must not move at all when another one's tokens change.
     """
     global _recording
-    device = backbone.get_input_embeddings().weight.device
+    try:
+        device = backbone.get_input_embeddings().weight.device
+    except (NotImplementedError, AttributeError):
+        return "it does not say which are its input embeddings"
     sizes = ((5, 3), (1, 7))  # of the prompt and of each response: sequences of one length, so one batch of them
     ids = (torch.arange(64) * 7 + 3).remainder(min(backbone.config.get_text_config().vocab_size, 1009)).tolist()
     draw = iter(ids)
@@ -310,7 +323,7 @@ def _probe(backbone: Any, switch: _Switch, sharing: Any, attention: str) -> Need
         with switch.on(_PROBE):
             _forward(backbone, batch, _prepare(backbone, batch, "sdpa", everything))
         _recording = None
-        needs = _summary(record)
+        needs = _summary(record, backbone.config)
         if isinstance(needs, str):
             return needs
         with switch.on():
@@ -346,15 +359,18 @@ def _probe(backbone: Any, switch: _Switch, sharing: Any, attention: str) -> Need
     return needs
 
 
-def _summary(record: _Record) -> Needs | str:
+def _summary(record: _Record, config: Any) -> Needs | str:
     if not record.calls:
         return "it does not call the attention function registered with transformers"
     windows = {seen.call.window for seen in record.calls}
-    # A mask without a window may be made and not used.
-    full = None in windows and None not in record.masks
-    if record.masks and (full or windows | {None} != record.masks | {None}):
+    masks = record.masks
+    # Some models make every kind of mask, those that no layer uses included.
+    if all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or [""]):
+        masks = masks & {None}
+    full = None in windows and None not in masks
+    if masks and (full or windows | {None} != masks | {None}):
         return (
-            f"its masks ask for windows of {_words(record.masks)} tokens, its attention for {_words(windows)} "
+            f"its masks ask for windows of {_words(masks)} tokens, its attention for {_words(windows)} "
             "(chunked attention, or a window that only the mask knows)"
         )
     return Needs(

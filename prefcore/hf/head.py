@@ -110,6 +110,8 @@ def base_model(model: Any) -> Any:
                 f"PEFT's {model.active_peft_config.peft_type} adds virtual tokens to the input; adapters "
                 "inside the layers (LoRA and the like) are supported"
             )
+        if getattr(model.active_peft_config, "alora_invocation_tokens", None):
+            raise NotImplementedError("activated LoRA looks for its invocation in PEFT's own forward, which is not run")
         model = model.get_base_model()
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model_prefix"):
         raise TypeError(f"expected a transformers causal LM or a PeftModel around one, got {type(model).__name__}")

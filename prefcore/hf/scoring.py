@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import prefcore
-from prefcore.data.packed import PackedBatch, PackedCollator, Sharing
+from prefcore.data.packed import Layout, PackedBatch, PackedCollator, Sharing, token_ids
 from prefcore.hf.head import Head, base_model, evaluating, find_head
+
+logger = logging.getLogger(__name__)
 
 
 class Hidden(NamedTuple):
@@ -59,57 +64,84 @@ def score(
         attention: as :func:`prefcore.hf.attention.run_packed` has it.
 
     Raises:
-        ValueError: an empty prompt or response, ids that are no flat sequences of integers from 0 on, or a prompt
-            that with one response has more than ``max_tokens`` tokens.
+        ValueError: an empty prompt or response, ids that are no flat sequences of integers from 0 on or that the model
+            does not have, or a prompt that with one response has more than ``max_tokens`` tokens; before any is scored.
         NotImplementedError: a model that cannot be packed (``sharing="off"`` pads instead), or what ``find_head``
             refuses.
     """
     if len(prompts) != len(responses):
         raise ValueError(f"expected the responses of each prompt, got {len(prompts)} prompts and {len(responses)}")
     collate = PackedCollator(sharing, max_tokens)
-    items: list[dict[str, Any]] = []
-    places: list[tuple[int, int]] = []  # of each item its prompt and its first response
-    for number, (prompt, answers) in enumerate(zip(prompts, responses, strict=True)):
-        for first, last in _fitting(number, prompt, answers, max_tokens, sharing):
-            items.append({"prompt_ids": prompt, "response_ids": answers[first:last]})
-            places.append((number, first))
+    base = base_model(model)
+    embeddings = base.get_input_embeddings()
+    limit = _rope_limit(base.config.get_text_config())
+    # On each side of the length from which a model's positions are computed in another way, items to collate and
+    # their places: a prompt's number and its first response.
+    sides: tuple[list[tuple[dict[str, Any], int, int]], ...] = ([], [])
+    for i, (prompt, answers) in enumerate(zip(prompts, responses, strict=True)):
+        ids = [token_ids(f"response {j} of prompt {i}", answer) for j, answer in enumerate(answers)]
+        context = token_ids(f"prompt {i}", prompt)
+        _check_vocabulary(i, [context, *ids], embeddings.num_embeddings)
+        for first, last in _fitting(i, len(context), list(map(len, ids)), max_tokens, sharing, limit):
+            item = {"prompt_ids": context, "response_ids": ids[first:last]}
+            sides[limit is not None and len(context) + len(ids[first]) > limit].append((item, i, first))
     found: list[list[Tensor]] = [[torch.zeros(0)] * len(answers) for answers in responses]
-    device = base_model(model).get_input_embeddings().weight.device
     with torch.no_grad(), evaluating(model):
-        for batch in collate.batches(items) if items else ():
-            logps = token_logps(model, batch.to(device), temperature=temperature, attention=attention)
-            parts = logps.float().cpu().split(batch.cu_seqlens.diff().tolist())
-            ends = batch.cu_groups.tolist()
-            for group, item in enumerate(batch.index.tolist()):
-                number, first = places[item]
-                mine = parts[ends[group] : ends[group + 1]]
-                found[number][first : first + len(mine)] = mine
+        for side in filter(None, sides):
+            for batch in collate.batches([item for item, _, _ in side]):
+                logps = token_logps(
+                    model, batch.to(embeddings.weight.device), temperature=temperature, attention=attention
+                )
+                parts = logps.float().cpu().split(batch.cu_seqlens.diff().tolist())
+                ends = batch.cu_groups.tolist()
+                for group, item in enumerate(batch.index.tolist()):
+                    _, i, first = side[item]
+                    mine = parts[ends[group] : ends[group + 1]]
+                    found[i][first : first + len(mine)] = mine
     sums = [torch.stack([part.sum() for part in group]) if group else torch.zeros(0) for group in found]
     return Scores(found, sums)
 
 
+def _check_vocabulary(number: int, sequences: list[np.ndarray], size: int) -> None:
+    largest = max(int(ids.max()) for ids in sequences)
+    if largest >= size:
+        raise ValueError(f"prompt {number} or a response to it holds the token id {largest}; the model has {size}")
+
+
 def _fitting(
-    number: int, prompt: Sequence[int], answers: Sequence[Sequence[int]], max_tokens: int, sharing: str
+    number: int, prompt: int, answers: list[int], max_tokens: int, sharing: str, limit: int | None
 ) -> list[tuple[int, int]]:
-    """Runs of a prompt's responses that fit the budget together."""
+    """Runs of a prompt's responses, by their lengths, that fit the budget together and are on one side of ``limit``."""
     runs: list[tuple[int, int]] = []
-    tokens = 0
-    width = len(prompt) + max(map(len, answers), default=0)
+    tokens, side = 0, False
+    width = prompt + max(answers, default=0)
     for j, answer in enumerate(answers):
-        each = {"share": len(answer), "pack": len(prompt) + len(answer), "off": width}[sharing]
-        once = len(prompt) if sharing == "share" else 0
-        if len(prompt) + len(answer) > max_tokens:
+        each = {"share": answer, "pack": prompt + answer, "off": width}[sharing]
+        if prompt + answer > max_tokens:
             raise ValueError(
-                f"prompt {number} with response {j} has {len(prompt) + len(answer)} tokens, more than "
-                f"max_tokens={max_tokens}"
+                f"prompt {number} with response {j} has {prompt + answer} tokens, more than max_tokens={max_tokens}"
             )
-        if runs and tokens + each <= max_tokens:
+        beyond = limit is not None and prompt + answer > limit
+        if runs and tokens + each <= max_tokens and side == beyond:
             runs[-1] = (runs[-1][0], j + 1)
             tokens += each
         else:
             runs.append((j, j + 1))
-            tokens = once + each
+            tokens, side = each + (prompt if sharing == "share" else 0), beyond
     return runs
+
+
+def _rope_limit(config: Any) -> int | None:
+    """The length from which a model's rotary frequencies depend on the longest position in the batch, if any."""
+    given = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for each in [given, *given.values()]:  # of all layers, or by the kind of layer
+        kind = each.get("rope_type") if isinstance(each, Mapping) else None
+        if kind == "longrope":
+            limits.append(each["original_max_position_embeddings"])
+        elif kind == "dynamic":
+            limits.append(config.max_position_embeddings)
+    return min(limits, default=None)
 
 
 def response_logps(
@@ -123,7 +155,9 @@ def response_logps(
     """Log-probability of each response of a batch, differentiable in the model's parameters.
 
     Equal to summing (``mode="sum"``) or averaging (``"mean"``) ``model(...).logits.log_softmax(-1)`` at the
-    scored tokens of each response, without the logits of the whole batch.
+    scored tokens of each response, without the logits of the whole batch. Rotary embeddings of the kinds ``dynamic``
+    and ``longrope`` go by the longest sequence in a batch: where a batch has some on both sides of the model's
+    original length, a warning says so (:func:`score` keeps them apart).
 
     Args:
         model: a causal LM, bare or wrapped by PEFT; see :func:`prefcore.hf.find_head` for what is refused.
@@ -168,6 +202,7 @@ def run_backbone(head: Head, batch: PackedBatch, attention: str = "auto") -> Hid
     """
     backbone: Any = head.backbone
     layout = batch.layout
+    _warn_of_rope(backbone.config.get_text_config(), layout)
     if batch.sharing == "off":
         if attention not in ("auto", "model"):
             raise NotImplementedError(f"a padded batch runs the model's own attention, not {attention!r}")
@@ -178,6 +213,25 @@ def run_backbone(head: Head, batch: PackedBatch, attention: str = "auto") -> Hid
 
         out = run_packed(backbone, batch, attention)
     return Hidden(out.last_hidden_state.flatten(0, 1), _router_loss(backbone, out, batch))
+
+
+@functools.cache
+def _warn_once(kind: str) -> None:
+    logger.warning("%s", kind)
+
+
+def _warn_of_rope(config: Any, layout: Layout) -> None:
+    limit = _rope_limit(config)
+    if limit is None:
+        return
+    lengths = layout.context_lengths + layout.lengths
+    whole = lengths[layout.context_lengths > 0] if layout.context_lengths.any() else lengths
+    if whole.min() <= limit < whole.max():
+        _warn_once(
+            f"a batch holds sequences of up to and of more than {limit} tokens; dynamic and longrope rotary embeddings "
+            "go by the longest one for all, so that the shorter ones differ from what they are alone (as they do in "
+            "padded batches)"
+        )
 
 
 def _router_loss(backbone: Any, out: Any, batch: PackedBatch) -> Tensor | None:

@@ -43,7 +43,8 @@ class PreferenceTrainer(Trainer):
     Batches are packed and their prompts shared (``sharing="share"``), so that ``per_device_train_batch_size`` counts
     pairs and ``max_tokens`` bounds a forward pass: a batch that is larger runs as several, of about the same size,
     with the same gradients. The loss of a mixture of experts' routers is added where the model's config has
-    ``output_router_logits``; it is logged as ``aux_loss``, counts each token once, and is left out of ``eval_loss``.
+    ``output_router_logits``; it is logged as ``aux_loss``, counts each token once, and is left out of ``eval_loss``. It
+    is each forward pass's own, and so the one part of the gradient that ``max_tokens`` changes.
 
     Args:
         model: a causal LM of transformers, bare or wrapped by PEFT; see :func:`prefcore.hf.find_head`.
@@ -59,16 +60,18 @@ class PreferenceTrainer(Trainer):
         sharing: ``"share"``, ``"pack"`` or ``"off"``, see :func:`prefcore.data.pack`.
         max_tokens: the most tokens of model input in a forward pass; None: all pairs of a batch at once.
         attention: the backend of packed batches, see :func:`prefcore.hf.attention.run_packed`.
+        data_collator: one of your own instead, which returns a list of :class:`prefcore.data.PackedBatch`.
         disable_dropout: set every dropout of the model to zero, so that policy and reference are comparable.
         **kwargs: Trainer's other arguments (``callbacks``, ``optimizers``, ...).
 
     Raises:
         TypeError: a dataset that is no ``PairDataset``, a switch that is no bool, or arguments the loss does not
             know.
-        ValueError: a loss that is not registered, a reference for a loss without one, a dataset without pairs, or a
-            pair of more than ``max_tokens``.
-        NotImplementedError: FSDP, ZeRO-3 and torch_compile, ``max_tokens`` with DeepSpeed, a model that cannot be
-            packed (``sharing="off"`` pads instead), and what ``find_head`` refuses.
+        ValueError: a loss that is not registered, a reference for a loss without one, a dataset without pairs, a
+            pair of more than ``max_tokens``, or ``sharing`` or ``max_tokens`` beside a ``data_collator``.
+        NotImplementedError: arguments of Trainer that want batches as dictionaries, FSDP, ZeRO-3 and torch_compile,
+            ``max_tokens`` with DeepSpeed, a model that cannot be packed (``sharing="off"`` pads instead), and what
+            ``find_head`` refuses.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class PreferenceTrainer(Trainer):
         sharing: Sharing = "share",
         max_tokens: int | None = None,
         attention: str = "auto",
+        data_collator: Callable[[list], list[PackedBatch]] | None = None,
         **kwargs: Any,
     ) -> None:
         for name, value in (("precompute_reference", precompute_reference), ("disable_dropout", disable_dropout)):
@@ -115,6 +119,8 @@ class PreferenceTrainer(Trainer):
             raise NotImplementedError("torch_compile=True; compile the layers instead, before: model.model.compile()")
         if args is not None and args.label_smoothing_factor:
             raise ValueError('label_smoothing_factor is not used; take loss="cdpo"')
+        if args is not None:
+            _refuse_arguments(args)
         find_head(model)
         if disable_dropout:
             _disable_dropout(model)
@@ -127,7 +133,9 @@ class PreferenceTrainer(Trainer):
             find_head(self._ref_model)
             self._ref_model.requires_grad_(False).eval()
         pad = getattr(processing_class, "pad_token_id", None)
-        collator = kwargs.pop("data_collator", None)
+        if data_collator is not None and (sharing != "share" or max_tokens is not None):
+            raise ValueError("sharing and max_tokens are the data_collator's own; give them to it")
+        collator: Any = data_collator
         if collator is None:
             collator = PackedCollator(sharing, max_tokens, 0 if pad is None else pad)
             for dataset in (train_dataset, *_each(eval_dataset)):
@@ -152,6 +160,7 @@ class PreferenceTrainer(Trainer):
         self._parameters = sum(p.numel() for p in model.parameters())
         if self._ref_model is not None and not hasattr(self._ref_model, "hf_device_map"):
             self._ref_model.to(self.args.device)
+        sharing = getattr(collator, "sharing", "off")  # of an unknown collator the first batch will tell
         if sharing != "off":
             from prefcore.hf.attention import check
 
@@ -390,6 +399,20 @@ def _each(dataset: Any) -> tuple[Any, ...]:
 
 def _zero_stage(accelerator: Any) -> int:
     return accelerator.state.deepspeed_plugin.zero_stage
+
+
+def _refuse_arguments(args: Any) -> None:
+    """Raise for what Trainer could only do with batches that are dictionaries of padded tensors."""
+    refused = {
+        "include_num_input_tokens_seen": args.include_num_input_tokens_seen not in (False, "no"),
+        'train_sampling_strategy="group_by_length"': getattr(args, "train_sampling_strategy", "") == "group_by_length",
+        "group_by_length": getattr(args, "group_by_length", False),
+        "include_for_metrics": bool(args.include_for_metrics),
+        "accelerator_config.dispatch_batches": bool(args.accelerator_config.dispatch_batches),
+    }
+    for name, given in refused.items():
+        if given:
+            raise NotImplementedError(f"{name} looks into batches as dictionaries, which packed batches are not")
 
 
 def _disable_dropout(model: nn.Module) -> None:

@@ -200,6 +200,12 @@ def test_lora_on_the_layers_works_and_on_the_head_is_refused():
         wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
         with pytest.raises(NotImplementedError, match="leave it out of PEFT's target_modules"):
             find_head(wrapped)
+    activated = peft.get_peft_model(
+        copy.deepcopy(model),
+        peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]),
+    )
+    with pytest.raises(NotImplementedError, match="activated LoRA"):
+        find_head(activated)
     prefix = peft.get_peft_model(
         copy.deepcopy(model), peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     )

@@ -381,6 +381,62 @@ def test_torchs_checkpoint_wrapper_is_refused():
             response_logps(model, pack(*examples([(2, [2])])))
 
 
+@pytest.mark.parametrize("own", ["eager", "sdpa"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_recomputed_by_anyone_else_fail_instead_of_seeing_everything(own, reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    model = make("llama").float().train()
+    model.set_attn_implementation(own)
+    model.enable_input_require_grads()
+    for layer in model.model.layers:
+        forward = layer.forward
+        layer.forward = lambda h, forward=forward, **kwargs: checkpoint(
+            lambda x: forward(x, **kwargs), h, use_reentrant=reentrant
+        )
+    logps = response_logps(model, pack(*examples([(2, [2, 3])])))
+    with pytest.raises(RuntimeError):
+        logps.sum().backward()
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0, 4.0, 5.0, 6.0],
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_scores_do_not_depend_on_longer_neighbours_whatever_the_rotary_embedding(kind, caplog):
+    from prefcore.hf import scoring
+
+    # dynamic goes by max_position_embeddings, longrope by its own original length
+    positions = {"max_position_embeddings": 16 if kind == "dynamic" else 64}
+    model = make("llama", rope_parameters=ROPES[kind], **positions).float()
+    prompts, responses = examples([(10, [3, 12, 4, 15]), (5, [4]), (30, [3, 2])])
+    expected = [s for p, g in zip(prompts, responses, strict=True) for r in g for s in score(model, [p], [[r]]).logps]
+    got = torch.cat(score(model, prompts, responses).logps)
+    lengths = torch.tensor([len(p) + len(r) for p, g in zip(prompts, responses, strict=True) for r in g])
+    # Past the original length dynamic ones go by the longest that the model has seen so far, alone or not.
+    kept = lengths <= 16 if kind == "dynamic" else lengths > 0
+    torch.testing.assert_close(got[kept], torch.cat(expected)[kept], rtol=1e-5, atol=1e-5)
+    assert 0 < int((lengths <= 16).sum()) < len(lengths)
+    assert not caplog.records
+    scoring._warn_once.cache_clear()
+    for _ in range(2):
+        response_logps(model, pack(prompts, responses))
+    assert [record.getMessage()[:36] for record in caplog.records] == (
+        [] if kind == "yarn" else ["a batch holds sequences of up to and"]
+    )
+
+
 def layouts():
     return [
         pack(*examples(sizes, seed))
@@ -622,6 +678,32 @@ def test_a_model_that_ignores_the_layout_is_refused(unprobed, build, text):
         assert str(caught.value).endswith('; sharing="off" pads instead')
 
 
+def test_masks_that_no_layer_uses_are_no_reason_to_refuse(unprobed):
+    # Qwen2-MoE makes a mask for a window of 0 as well.
+    config = transformers.Qwen2MoeConfig(
+        **SIZES, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    prompts, responses = examples([(7, [2, 3]), (1, [4])])
+    expected = torch.stack(list(alone(model, prompts, responses)))
+    torch.testing.assert_close(response_logps(model, pack(prompts, responses)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_whose_layers_were_replaced_is_probed_again(unprobed):
+    batch = pack(*examples([(2, [2])]))
+    response_logps(make("llama"), batch)
+    changed = make("llama")
+    changed.model.layers[1].mlp = Recurrent(changed.model.layers[1].mlp)
+    with pytest.raises(NotImplementedError, match="a sequence changes others"):
+        response_logps(changed, batch)
+    changed = make("llama")
+    forward = changed.model.layers[1].mlp.forward
+    changed.model.layers[1].mlp.forward = lambda x: forward(x) + x.roll(1, dims=1)
+    with pytest.raises(NotImplementedError, match="a sequence changes others"):
+        response_logps(changed, batch)
+
+
 def test_attention_that_is_not_causal_is_refused(unprobed):
     model = make("llama")
     for layer in model.model.layers:
@@ -745,10 +827,16 @@ def test_what_cannot_be_scored_is_refused():
         score(model, [[1]], [[[1]], [[1]]])
     with pytest.raises(ValueError, match="prompt 1 with response 0 has 9 tokens, more than max_tokens=8"):
         score(model, [[1], [1] * 4], [[[1]], [[1] * 5]], max_tokens=8)
-    with pytest.raises(ValueError, match="has no token"):
-        score(model, [[1]], [[[]]])
-    with pytest.raises(ValueError, match="has no token"):
-        score(model, [[]], [[[1]]])
+    # Before anything is run, and by the caller's numbers.
+    fine = [[1]] * 2, [[[1]]] * 2
+    for prompt, group, text in (
+        ([1], [[1], []], "response 1 of prompt 2 has no token"),
+        ([], [[1]], "prompt 2 has no token"),
+        ([1.5], [[1]], "prompt 2 must hold integers"),
+        ([1], [[1], [99]], "prompt 2 or a response to it holds the token id 99; the model has 61"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            score(model, [*fine[0], prompt], [*fine[1], group], max_tokens=6)
     with pytest.raises(ValueError, match="attention must be one of"):
         score(model, [[1]], [[[1]]], attention="fast")
     with pytest.raises(NotImplementedError, match="a padded batch runs the model's own attention, not 'sdpa'"):

@@ -504,10 +504,23 @@ def test_bad_arguments_are_refused(tmp_path):
         PreferenceTrainer(model, args, pairs, attention="fast")
     with pytest.raises(NotImplementedError, match="'flash' cannot be used here"):
         PreferenceTrainer(model, args, pairs, attention="flash")
+    collator = PackedCollator("off")
+    for options in ({"sharing": "pack"}, {"max_tokens": 50}):
+        with pytest.raises(ValueError, match="the data_collator's own"):
+            PreferenceTrainer(model, args, pairs, data_collator=collator, **options)
+    for name, value in (
+        ("include_num_input_tokens_seen", True),
+        ("train_sampling_strategy", "group_by_length"),
+        ("include_for_metrics", ["inputs"]),
+        ("accelerator_config", {"dispatch_batches": True}),
+    ):
+        with pytest.raises(NotImplementedError, match="looks into batches as dictionaries"):
+            PreferenceTrainer(model, arguments(tmp_path, **{name: value}), pairs)
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1))
     with pytest.raises(NotImplementedError, match='sharing="off" pads instead'):
         PreferenceTrainer(mamba, args, pairs)
     PreferenceTrainer(mamba, args, pairs, sharing="off")
+    PreferenceTrainer(mamba, args, pairs, data_collator=collator)
     assert isinstance(PreferenceTrainer(model, args, pairs, data_collator=None).data_collator, PackedCollator)
     trainer = PreferenceTrainer(model, args, pairs, precompute_reference=True)
     with pytest.raises(RuntimeError, match="with_reference"):
