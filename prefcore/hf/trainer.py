@@ -184,12 +184,12 @@ class PreferenceTrainer(Trainer):
     ) -> Tensor:
         if num_items_in_batch is None:
             num_items_in_batch = _pairs(inputs) * self.accelerator.num_processes
-        losses = []
+        parts = []
         for number, batch in enumerate(inputs, start=1):
             # Ranks may have different numbers of batches: they meet in the last one's backward pass only.
             with nullcontext() if number == len(inputs) else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, [batch], num_items_in_batch))  # type: ignore[arg-type]
-        return torch.stack(losses).sum()
+                parts.append(super().training_step(model, [batch], num_items_in_batch))  # type: ignore[arg-type]
+        return torch.stack(parts).sum()
 
     def compute_loss(
         self,
