@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefcore.data.packed import SHARINGS, PackedCollator
-from prefcore.hf._backends import BACKENDS
 
 if TYPE_CHECKING:
     from prefcore.data import PairDataset, Preference
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 
 _SHOWN = ("loss", "rewards/margins", "rewards/accuracies")
 _KEPT = (*_SHOWN, "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+# prefcore.hf has them, and imports more than --help should.
+ATTENTIONS = ("auto", "flash", "varlen", "flex", "sdpa")
 _MAX_LENGTH = 2048
 
 
@@ -76,7 +77,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add(
         "--attention",
-        choices=("auto", *BACKENDS),
+        choices=ATTENTIONS,
         default="auto",
         help="what computes the attention of packed batches; auto: the best that prefcore doctor lists",
     )

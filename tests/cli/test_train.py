@@ -368,6 +368,13 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch,
 
 
 @pytest.mark.quick
+def test_every_attention_backend_can_be_asked_for():
+    from prefcore.hf._backends import BACKENDS
+
+    assert train.ATTENTIONS == ("auto", *BACKENDS)
+
+
+@pytest.mark.quick
 def test_help_and_version_need_neither_transformers_nor_triton():
     code = (
         "import sys\nfrom prefcore.cli import main\n"
