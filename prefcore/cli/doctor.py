@@ -15,7 +15,6 @@ import torch
 
 import prefcore
 from prefcore import _impl, _native
-from prefcore.hf import _backends
 
 PACKAGES = (
     "torch",
@@ -137,6 +136,8 @@ def _no_device(device_type: str, impl: _impl.Impl) -> str | None:
 
 def _attention() -> dict[str, Any]:
     """Which attention of packed batches can train a bfloat16 model here that asks for nothing special."""
+    from prefcore.hf import _backends  # imports torch's compiler, and Triton with it
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plain = _backends.Needs(64, 64, frozenset({None}), softcap=False, sinks=False, dropout=False)
     use = (plain, device, torch.bfloat16, True)

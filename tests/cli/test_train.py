@@ -371,7 +371,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch,
 def test_every_attention_backend_can_be_asked_for():
     from prefcore.hf._backends import BACKENDS
 
-    assert train.ATTENTIONS == ("auto", *BACKENDS)
+    assert ("auto", *BACKENDS) == train.ATTENTIONS
 
 
 @pytest.mark.quick
