@@ -1,4 +1,4 @@
-"""Checks and conversions that ``linear_logprobs`` and ``logprobs`` share."""
+"""Checks and conversions that ``linear_logprobs``, ``linear_loss`` and ``logprobs`` share."""
 
 from __future__ import annotations
 
@@ -75,6 +75,63 @@ def check_same_device(**tensors: Tensor | None) -> None:
 def check_target_dtype(targets: Tensor) -> None:
     if targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64, got {targets.dtype}")
+
+
+def check_head_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    check_type("hidden", hidden, Tensor)
+    check_type("weight", weight, Tensor)
+    check_type("targets", targets, Tensor)
+    check_type("bias", bias, Tensor, optional=True)
+    if hidden.ndim < 1 or targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"expected hidden [..., D] and targets [...], got {tuple(hidden.shape)} and {tuple(targets.shape)}"
+        )
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
+        raise ValueError(f"expected weight [V, D] with D = {hidden.shape[-1]} and V >= 1, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"expected bias [V] with V = {weight.shape[0]}, got {tuple(bias.shape)}")
+    check_same_device(hidden=hidden, weight=weight, targets=targets, bias=bias)
+    check_target_dtype(targets)
+
+
+def autocast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as ``torch.nn.functional.linear`` does under autocast: everything but float64."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind) or torch.float64 in (hidden.dtype, weight.dtype):
+        return hidden, weight, bias
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_float(name, tensor.dtype)
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def check_head_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None) -> None:
+    check_float("hidden", hidden.dtype)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
+    check_logits_dtype(hidden.dtype, logits_dtype)
+
+
+def check_weight_grad_out(out: Tensor | None, weight: Tensor) -> None:
+    check_type("weight_grad_out", out, Tensor, optional=True)
+    if out is None:
+        return
+    if not weight.requires_grad:
+        raise ValueError("weight_grad_out takes the weight's gradient, but the weight does not require one")
+    if out.requires_grad:
+        raise ValueError("weight_grad_out is a buffer that is written in place: it must not require a gradient")
+    if not torch.compiler.is_compiling() and out.data_ptr() == weight.data_ptr():
+        raise ValueError("weight_grad_out must not be the weight itself")
+    D = weight.shape[1]
+    if out.shape != weight.shape or out.stride(1) != 1 or out.stride(0) < D or out.device != weight.device:
+        raise ValueError(
+            f"expected weight_grad_out {tuple(weight.shape)} on {weight.device} with rows of unit stride apart, "
+            f"got {tuple(out.shape)} on {out.device} with strides {out.stride()}"
+        )
+    if out.dtype not in (weight.dtype, torch.promote_types(weight.dtype, torch.float32)):
+        raise ValueError(f"weight_grad_out must be float32 or {weight.dtype}, got {out.dtype}")
 
 
 def row_temperature(temperature: float | Tensor, targets: Tensor, like: Tensor) -> tuple[float, Tensor | None]:

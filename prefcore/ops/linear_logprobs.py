@@ -14,13 +14,13 @@ from prefcore._impl import Impl, resolve
 from prefcore._types import TokenStats
 from prefcore.ops import _plan, _walk
 from prefcore.ops._arguments import (
-    check_float,
+    autocast_head,
+    check_head_dtypes,
+    check_head_tensors,
     check_logit_options,
-    check_logits_dtype,
     check_memory_budget,
-    check_same_device,
-    check_target_dtype,
     check_targets,
+    check_weight_grad_out,
     row_temperature,
     stats_settings,
     token_stats,
@@ -278,12 +278,12 @@ def linear_logprobs(
         >>> stats.logps.sum().backward()
     """
     names = check_logit_options(softcap, logit_scale, ignore_index, outputs)
-    _check_tensors(hidden, weight, targets, bias)
+    check_head_tensors(hidden, weight, targets, bias)
     _check_options(schedule, memory_budget, drop_zero_rows, process_group)
     run = resolve(impl, "linear_logprobs", hidden.device)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_dtypes(hidden, weight, bias, logits_dtype)
-    _check_weight_grad_out(weight_grad_out, weight)
+    hidden, weight, bias = autocast_head(hidden, weight, bias)
+    check_head_dtypes(hidden, weight, bias, logits_dtype)
+    check_weight_grad_out(weight_grad_out, weight)
     number, per_row = row_temperature(temperature, targets, hidden)
     grad = torch.is_grad_enabled()
     bias_grad = bias is not None and bias.requires_grad
@@ -323,66 +323,9 @@ def linear_logprobs(
     return token_stats(values, names, targets.shape)
 
 
-def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    check_type("hidden", hidden, Tensor)
-    check_type("weight", weight, Tensor)
-    check_type("targets", targets, Tensor)
-    check_type("bias", bias, Tensor, optional=True)
-    if hidden.ndim < 1 or targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"expected hidden [..., D] and targets [...], got {tuple(hidden.shape)} and {tuple(targets.shape)}"
-        )
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
-        raise ValueError(f"expected weight [V, D] with D = {hidden.shape[-1]} and V >= 1, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"expected bias [V] with V = {weight.shape[0]}, got {tuple(bias.shape)}")
-    check_same_device(hidden=hidden, weight=weight, targets=targets, bias=bias)
-    check_target_dtype(targets)
-
-
 def _check_options(schedule: str, memory_budget: int | None, drop_zero_rows: bool, process_group: Any) -> None:
     if process_group is not None:
         raise NotImplementedError("process_group: a head sharded over its vocabulary is not built yet; pass None")
     _plan.check_schedule(schedule)
     check_type("drop_zero_rows", drop_zero_rows, bool)
     check_memory_budget(memory_budget)
-
-
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast as ``torch.nn.functional.linear`` does under autocast: everything but float64."""
-    kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind) or torch.float64 in (hidden.dtype, weight.dtype):
-        return hidden, weight, bias
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            check_float(name, tensor.dtype)
-    dtype = torch.get_autocast_dtype(kind)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None) -> None:
-    check_float("hidden", hidden.dtype)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
-    check_logits_dtype(hidden.dtype, logits_dtype)
-
-
-def _check_weight_grad_out(out: Tensor | None, weight: Tensor) -> None:
-    check_type("weight_grad_out", out, Tensor, optional=True)
-    if out is None:
-        return
-    if not weight.requires_grad:
-        raise ValueError("weight_grad_out takes the weight's gradient, but the weight does not require one")
-    if out.requires_grad:
-        raise ValueError("weight_grad_out is a buffer that is written in place: it must not require a gradient")
-    if not torch.compiler.is_compiling() and out.data_ptr() == weight.data_ptr():
-        raise ValueError("weight_grad_out must not be the weight itself")
-    D = weight.shape[1]
-    if out.shape != weight.shape or out.stride(1) != 1 or out.stride(0) < D or out.device != weight.device:
-        raise ValueError(
-            f"expected weight_grad_out {tuple(weight.shape)} on {weight.device} with rows of unit stride apart, "
-            f"got {tuple(out.shape)} on {out.device} with strides {out.stride()}"
-        )
-    if out.dtype not in (weight.dtype, torch.promote_types(weight.dtype, torch.float32)):
-        raise ValueError(f"weight_grad_out must be float32 or {weight.dtype}, got {out.dtype}")
