@@ -3,24 +3,28 @@
 Importing this package needs torch alone; triton and transformers are imported when something asks for them.
 """
 
-from prefcore._types import TokenStats
+from prefcore._types import LinearLoss, Tile, TokenStats
 from prefcore.ops._plan import Plan, plan
 from prefcore.ops.aggregate import aggregate
 from prefcore.ops.gather_rows import RowInverse, gather_rows, invert_rows
 from prefcore.ops.linear_logprobs import linear_logprobs
+from prefcore.ops.linear_loss import linear_loss
 from prefcore.ops.logprobs import logprobs
 from prefcore.ops.sequence_reduce import sequence_reduce
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LinearLoss",
     "Plan",
     "RowInverse",
+    "Tile",
     "TokenStats",
     "aggregate",
     "gather_rows",
     "invert_rows",
     "linear_logprobs",
+    "linear_loss",
     "logprobs",
     "plan",
     "sequence_reduce",

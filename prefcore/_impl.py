@@ -18,6 +18,7 @@ Impl = Literal["auto", "reference", "cpu", "triton", "cuda"]
 # ROCm tensors are of device type "cuda" too: Triton serves them, the CUDA extension does not.
 IMPLEMENTATIONS: dict[str, dict[str, Impl]] = {
     "linear_logprobs": {"cpu": "cpu", "cuda": "triton"},
+    "linear_loss": {"cpu": "cpu", "cuda": "triton"},
     "logprobs": {"cpu": "cpu", "cuda": "triton"},
     "sequence_reduce": {"cpu": "cpu", "cuda": "cuda"},
     "aggregate": {"cpu": "cpu", "cuda": "cuda"},

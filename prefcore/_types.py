@@ -21,3 +21,24 @@ class TokenStats(NamedTuple):
     is_top1: Tensor | None = None  #: bool: the target is the first maximum of z
     mean_logits: Tensor | None = None  #: mean of z over the vocabulary; not differentiable
     log_sum_sq_probs: Tensor | None = None  #: log of the sum of squared probabilities; not differentiable
+
+
+class Tile(NamedTuple):
+    """The part of a batch that one call of ``linear_loss``'s closure sees: whole groups, one after another.
+
+    The slices index what belongs to the whole batch; the offsets are rebased, so that they index the tile's own.
+    """
+
+    tokens: slice  #: of the ``T`` rows
+    sequences: slice  #: of the ``S`` sequences
+    groups: slice  #: of the ``G`` groups
+    cu_seqlens: Tensor  #: int32, from 0 to the tile's number of tokens
+    cu_groups: Tensor  #: int32, from 0 to the tile's number of sequences
+
+
+class LinearLoss(NamedTuple):
+    """What ``linear_loss`` returns."""
+
+    loss: Tensor  #: 0-dim, sum of weights times losses over the normalizer; differentiable
+    losses: Tensor  #: ``[n]``, of all examples; detached
+    stats: TokenStats  #: ``[T]`` each; detached

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -38,9 +40,9 @@ class Tiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call of ``linear_logprobs`` does, forward and backward together."""
+    """What a call of ``linear_logprobs`` or ``linear_loss`` does, forward and backward together."""
 
-    schedule: str  #: ``forward``, ``frozen``, ``retain``, ``mixed`` or ``recompute``
+    schedule: str  #: ``forward``, ``frozen``, ``retain``, ``mixed``, ``recompute`` or ``loop``
     tiles: Tiles
     flops: int  #: of the GEMMs
     bytes: int  #: estimated memory traffic, each operand of a GEMM or row pass counted once per use
@@ -112,7 +114,7 @@ def limits(V: int, kinds: Types, raw: bool, device: torch.device, schedule: str,
     rows = max(rows, _MIN_ROWS)
     if schedule == "retain" and memory_budget is None:
         retained = _UNBOUNDED
-    elif schedule in ("auto", "retain"):
+    elif schedule in ("auto", "retain", "loop"):
         # An eighth, or the smallest tile, is for the rows that do not fit.
         retained = max(0, budget - max(tile_bytes, rows * cols * itemsize)) // (V * itemsize)
     else:
@@ -120,10 +122,33 @@ def limits(V: int, kinds: Types, raw: bool, device: torch.device, schedule: str,
     return Limits(rows, cols, retained)
 
 
-def check_schedule(schedule: str) -> None:
+def loop_rows(bounds: Limits) -> int:
+    """Rows of a tile of ``linear_loss`` at which it is full; only a group that is larger makes a larger one.
+
+    Whole rows as many as may be retained, if that is enough for a GEMM; else tiles that are recomputed anyway.
+    """
+    return bounds.retained_rows if bounds.retained_rows >= _MIN_ROWS else bounds.tile_rows
+
+
+def loop_tiles(offsets: Sequence[int], rows: int) -> list[tuple[int, int]]:
+    """Ranges of groups, those that follow one another as long as they have ``rows`` rows at most; one at the least.
+
+    ``offsets [G + 1]`` are those of the groups into the rows. Every group is in one tile.
+    """
+    tiles, first = [], 0
+    for group in range(1, len(offsets) - 1):
+        if offsets[group + 1] - offsets[first] > rows and offsets[group + 1] > offsets[group]:
+            tiles.append((first, group))
+            first = group
+    if len(offsets) > 1:
+        tiles.append((first, len(offsets) - 1))
+    return tiles
+
+
+def check_schedule(schedule: str, allowed: tuple[str, ...] = SCHEDULES) -> None:
     check_type("schedule", schedule, str)
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
+    if schedule not in allowed:
+        raise ValueError(f"schedule must be one of {allowed}, got {schedule!r}")
 
 
 def _device(device: torch.device | str, memory_budget: int | None) -> torch.device:
@@ -168,11 +193,12 @@ def plan(
     hidden_requires_grad: bool = True,
     weight_requires_grad: bool = True,
     outputs: tuple[str, ...] = (),
-    schedule: Schedule = "auto",
+    schedule: Schedule | Literal["loop"] = "auto",
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    groups: Sequence[int] | None = None,
 ) -> Plan:
-    """What ``linear_logprobs`` will do for these shapes, without doing it.
+    """What ``linear_logprobs``, or ``linear_loss``, will do for these shapes, without doing it.
 
     A pure function of its arguments when ``memory_budget`` is given; without it the budget is 1/16 of the total
     memory of ``device``, which must then be present.
@@ -184,9 +210,10 @@ def plan(
         hidden_requires_grad: whether the hidden states need a gradient.
         weight_requires_grad: whether the weight or the bias needs one.
         outputs: as in ``linear_logprobs``; ``entropy`` and ``logsumexp`` keep raw logits in ``retain``.
-        schedule: as in ``linear_logprobs``.
+        schedule: as in ``linear_logprobs``, or ``loop`` for ``linear_loss``.
         memory_budget: bytes of logits held at once.
         logits_dtype: as in ``linear_logprobs``.
+        groups: for ``loop``, the number of rows of each group; by default each row is one.
 
     Returns:
         A :class:`Plan`.
@@ -205,13 +232,16 @@ def plan(
     check_float("dtype", dtype)
     check_logits_dtype(dtype, logits_dtype)
     check_memory_budget(memory_budget)
-    check_schedule(schedule)
+    check_schedule(schedule, (*SCHEDULES, "loop"))
     names = check_outputs(outputs)
+    offsets = _group_offsets(T, schedule, groups)
     device = _device(device, memory_budget)
     chosen = choose(schedule, hidden_requires_grad, weight_requires_grad)
     kinds = types(device, dtype, logits_dtype)
     raw = bool({"entropy", "logsumexp"} & names)
     bounds = limits(V, kinds, raw, device, chosen, memory_budget)
+    if chosen == "loop":
+        return _plan_loop(T, D, V, dtype, kinds, raw, bounds, offsets, hidden_requires_grad, weight_requires_grad)
     retained = min(T, bounds.retained_rows) if chosen in ("auto", "retain") else 0
     rows, cols = min(T, bounds.tile_rows), bounds.tile_cols
     walked = T - retained
@@ -250,3 +280,48 @@ def plan(
         else:
             reason = f"{retained} of {T} rows' logits fit 7/8 of the budget of {budget:,} bytes; the rest is recomputed"
     return Plan(name, Tiles(rows, cols, retained), flops, traffic, peak, reason)
+
+
+def _group_offsets(T: int, schedule: str, groups: Sequence[int] | None) -> Sequence[int]:
+    if groups is None:
+        return range(T + 1)
+    if schedule != "loop":
+        raise ValueError(f"groups is for schedule='loop', got schedule={schedule!r}")
+    if not isinstance(groups, list | tuple | range) or not all(type(rows) is int for rows in groups):
+        raise TypeError("groups must be a sequence of ints, the number of rows of each group")
+    if any(rows < 0 for rows in groups) or sum(groups) != T:
+        raise ValueError(f"groups must not be negative and add up to T, {T}, got the sum {sum(groups)}")
+    return (0, *itertools.accumulate(groups))
+
+
+def _plan_loop(
+    T: int, D: int, V: int, dtype: torch.dtype, kinds: Types, raw: bool, bounds: Limits, offsets: Sequence[int],
+    hidden_grad: bool, weight_grad: bool,
+) -> Plan:  # fmt: skip
+    tiles = [offsets[stop] - offsets[start] for start, stop in loop_tiles(offsets, loop_rows(bounds))]
+    held = min(bounds.retained_rows, max(tiles, default=0))
+    larger = [rows for rows in tiles if rows > held]
+    # Without a gradient of the weight the rows of a tile that does not fit run `frozen`, which recomputes nothing.
+    again = sum(rows - held for rows in larger) if weight_grad else 0
+    grads = hidden_grad + weight_grad
+    flops = 2 * D * V * (T * (1 + grads) + again)
+
+    size, tile_size, kept_size = kinds.operand.itemsize, kinds.tile.itemsize, kinds.kept(raw).itemsize
+    wide = max(4, size)
+    count, most = len(tiles), max(tiles, default=0)
+    sweeps = (1 + grads) * (T * D + count * V * D) + again * D * -(-V // bounds.tile_cols)
+    traffic = sweeps * size + ((1 + grads) * T + again) * V * tile_size + 3 * T * V * tile_size
+    sums = (T * D if hidden_grad else 0) + (V * D if weight_grad else 0)
+    traffic += wide * (T * D + 2 * count * V * D if weight_grad else T * D)
+    scratch = 0
+    if larger or raw or kept_size != tile_size:
+        scratch = (
+            min(most, bounds.tile_rows) * min(V, bounds.tile_cols) * (tile_size + (size if size != tile_size else 0))
+        )
+    # What is kept until the backward is returned by it where it has the type of the inputs.
+    kept = 0 if wide == dtype.itemsize else sums * wide
+    peak = held * V * kept_size + scratch + kept + 2 * most * D * wide
+    reason = f"{count} tile(s) of whole groups, of {most} rows at most"
+    if larger:
+        reason += f"; {len(larger)} of them exceed the {held} rows that fit the budget"
+    return Plan("loop", Tiles(most, V if not larger else bounds.tile_cols, held), flops, traffic, peak, reason)

@@ -125,12 +125,17 @@ def forward(
     bias: Tensor | None,
     temperature: Tensor | None,
     settings: HeadSettings,
+    retained: Tensor | None = None,
 ) -> tuple[Stats, Saved]:
-    """Token statistics of every row, with whatever the schedule saves for the backward."""
+    """Token statistics of every row, with whatever the schedule saves for the backward.
+
+    ``retained`` is room for the logits of as many leading rows as it has, where the caller brings its own.
+    """
     total, V = hidden.shape[0], weight.shape[0]
     head = _Operands(hidden, weight, targets, bias, temperature, settings)
     bounds = limits(hidden, weight, settings)
-    retained = _allocate_retained(hidden, weight, settings, min(total, bounds.retained_rows))
+    if retained is None:
+        retained = allocate_retained(hidden, weight, settings, min(total, bounds.retained_rows))
     state = new_state(head.rows, hidden)
     kept_rows = min(head.rows, retained.shape[0])
     if kept_rows:
@@ -152,7 +157,8 @@ def forward(
     return stats, Saved(saved, retained, mean_weight)
 
 
-def _allocate_retained(hidden: Tensor, weight: Tensor, settings: HeadSettings, rows: int) -> Tensor:
+def allocate_retained(hidden: Tensor, weight: Tensor, settings: HeadSettings, rows: int) -> Tensor:
+    """Room for the logits of ``rows`` rows; of none, with a warning, where memory does not suffice for them."""
     try:
         return advise_huge(retained_like(hidden, weight, settings, rows))
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -229,6 +235,15 @@ class Needs(NamedTuple):
     bias: bool
 
 
+class Into(NamedTuple):
+    """Where gradients go."""
+
+    weight: Tensor | None = None  # [V, D] in place of a new one
+    add: bool = True  # to what that holds
+    # Of hidden states and bias in the accumulator's type, sums of the weight's exact for gradients of any magnitude.
+    wide: bool = False
+
+
 def backward(
     kernels: ModuleType,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -241,7 +256,7 @@ def backward(
     saved: Saved,
     needs: Needs,
     drop_zero_rows: bool,
-    weight_grad_out: Tensor | None,
+    into: Into,
     settings: HeadSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias; empty where not needed."""
@@ -253,12 +268,13 @@ def backward(
     per_row_entropy = None if picked[1] is None else head.pick(entropy)
 
     if settings.schedule == "frozen" and picked[1] is None:
-        d_hidden = _frozen_gradient(head, gradient, state, head.pick(saved.mean_weight)).to(hidden.dtype)
+        d_hidden = _frozen_gradient(head, gradient, state, head.pick(saved.mean_weight))
+        d_hidden = d_hidden.to(head.accumulate if into.wide else hidden.dtype)
         return head.restore(d_hidden, hidden.shape[0]), weight.new_empty(0), weight.new_empty(0)
-    walk = _BackwardWalk(kernels, head, gradient, state, per_row_entropy, saved.retained, needs, settings)
+    walk = _BackwardWalk(kernels, head, gradient, state, per_row_entropy, saved.retained, needs, settings, into)
     if drop_zero_rows or hidden.device.type == "cpu":
         walk.drop_zero_rows()
-    return walk.run(hidden, limits(hidden, weight, settings), weight_grad_out)
+    return walk.run(hidden, limits(hidden, weight, settings))
 
 
 def _frozen_gradient(head: _Operands, row: RowGradient, state: Tensor, mean_weight: Tensor) -> Tensor:
@@ -280,9 +296,10 @@ class _BackwardWalk:
 
     def __init__(
         self, kernels: ModuleType, head: _Operands, gradient: RowGradient, state: Tensor, entropy: Tensor | None,
-        retained: Tensor, needs: Needs, settings: HeadSettings,
+        retained: Tensor, needs: Needs, settings: HeadSettings, into: Into,
     ) -> None:  # fmt: skip
         self.kernels, self.head, self.state, self.entropy = kernels, head, state, entropy
+        self.into = into
         self.scale, self.coef = gradient.folded()
         self.retained, self.needs, self.settings = retained, needs, settings
         self.kept_rows = min(head.rows, retained.shape[0])
@@ -310,13 +327,13 @@ class _BackwardWalk:
             self.kept_rows = chosen.shape[0]
         head.rows = chosen.shape[0]
 
-    def run(
-        self, hidden: Tensor, bounds: _plan.Limits, weight_grad_out: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, hidden: Tensor, bounds: _plan.Limits) -> tuple[Tensor, Tensor, Tensor]:
         head, needs, V = self.head, self.needs, self.head.weight.shape[0]
         # Retained onehot - p enters the GEMMs as it lies. Where that serves every row, one slice is the vocabulary.
         direct = self.chosen is None and not self.settings.raw
         whole = direct and self.kept_rows == head.rows and head.weight.dtype == head.types.operand
+        # Nor where a slice of dL/dW needs room of its own.
+        whole = whole and not (_scaled_apart(head, self.into) or _converts(head, self.into))
         width = V if whole else min(V, bounds.tile_cols)
         chunks = list(_spans(0, self.kept_rows, max(1, self.kept_rows) if direct else bounds.tile_rows))
         tiled = [] if direct else list(chunks)
@@ -326,7 +343,9 @@ class _BackwardWalk:
         scratch = self._scratch(max((rows.stop - rows.start for rows in tiled), default=0), width)
         d_hidden = self._zeros(head.rows if needs.hidden else 0, hidden.shape[1])
         d_bias = self._zeros(V if needs.bias else 0)
-        d_weight = _WeightGradient(head, self.scale, needs.weight, len(chunks), weight_grad_out)
+        bias_unit = _power_of_two(self.scale) if needs.bias and _scaled_apart(head, self.into) else None
+        bias_side = (self.scale if bias_unit is None else self.scale / bias_unit).to(head.types.operand)
+        d_weight = _WeightGradient(head, self.scale, needs.weight, len(chunks), self.into)
 
         for cols in _spans(0, V, width):
             weight = head.weight_slice(cols)
@@ -337,21 +356,24 @@ class _BackwardWalk:
                 if needs.weight:
                     d_weight.add(rows, cols, tile)
                 if needs.bias:
-                    addmm(d_bias[None, cols], self.scale[None, rows].to(tile.dtype), tile)
-        d_hidden = self._restore(d_hidden, hidden) if needs.hidden else d_hidden.to(hidden.dtype)
-        return d_hidden, d_weight.result, d_bias.to(head.weight.dtype)
+                    addmm(d_bias[None, cols], bias_side[None, rows], tile)
+        dtype = head.accumulate if self.into.wide else hidden.dtype
+        d_hidden = self._restore(d_hidden, hidden.shape[0], dtype) if needs.hidden else d_hidden.to(dtype)
+        if bias_unit is not None:
+            d_bias.mul_(bias_unit)
+        return d_hidden, d_weight.result, d_bias.to(dtype)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.head.accumulate, device=self.state.device)
 
-    def _restore(self, d_hidden: Tensor, hidden: Tensor) -> Tensor:
-        d_hidden = d_hidden.mul_(self.scale[:, None]).to(hidden.dtype)
+    def _restore(self, d_hidden: Tensor, total: int, dtype: torch.dtype) -> Tensor:
+        d_hidden = d_hidden.mul_(self.scale[:, None]).to(dtype)
         rows = self.chosen
         if rows is None:
-            return self.head.restore(d_hidden, hidden.shape[0])
+            return self.head.restore(d_hidden, total)
         if self.head.keep is not None:
             rows = self.head.keep.index_select(0, rows)
-        return d_hidden.new_zeros(hidden.shape).index_copy_(0, rows, d_hidden)
+        return d_hidden.new_zeros(total, d_hidden.shape[1]).index_copy_(0, rows, d_hidden)
 
     def _scratch(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
         """Room for one tile of logits and, where it has another type, one of their gradient."""
@@ -391,31 +413,45 @@ class _BackwardWalk:
         return out
 
 
+def _scaled_apart(head: _Operands, into: Into) -> bool:
+    """Whether a gradient that nobody has scaled up yet goes through operands of a narrow range."""
+    return into.wide and head.types.operand == torch.float16
+
+
+def _converts(head: _Operands, into: Into) -> bool:
+    """Whether GEMMs convert their operands, as a CPU's do where the result is wider, so that large ones cost memory."""
+    return into.wide and head.types.operand != head.accumulate and head.hidden.device.type == "cpu"
+
+
 class _WeightGradient:
     """dL/dW slice by slice; a slice to which several chunks of rows contribute is summed in the accumulator's type."""
 
-    def __init__(self, head: _Operands, scale: Tensor, needed: bool, chunks: int, out: Tensor | None) -> None:
-        self.head, self.given = head, out is not None
+    def __init__(self, head: _Operands, scale: Tensor, needed: bool, chunks: int, into: Into) -> None:
+        self.head, self.add_to = head, into.weight is not None and into.add
         self.slice_sum: Tensor | None = None
+        self.unit: Tensor | None = None
         self.result = head.weight.new_empty(0)
         if not needed:
             return
         scale = scale[:, None]
         # A row without gradient may hold inf or NaN, which a product with zero would keep.
         scaled = (head.hidden.to(head.accumulate) * scale).masked_fill_(scale == 0, 0)
+        if _scaled_apart(head, into):
+            self.unit = _power_of_two(scaled)
+            scaled.div_(self.unit)
         self.scaled = scaled.to(head.types.operand)
-        if out is None:
+        if into.weight is None:
             self.result = empty(*head.weight.shape, dtype=head.weight.dtype, device=head.weight.device)
-            if not chunks:
-                self.result.zero_()
-        self.target = self.result if out is None else out
+        self.target = self.result if into.weight is None else into.weight
+        if not chunks and not self.add_to:
+            self.target.zero_()
 
     def add(self, rows: slice, cols: slice, tile: Tensor) -> None:
         first, last = rows.start == 0, rows.stop == self.head.rows
         out, side = self.target[cols], self.scaled[rows]
-        if self.given:
+        if self.add_to and self.unit is None:
             addmm(out, tile.t(), side)
-        elif first and last:
+        elif first and last and self.unit is None:
             mm(out, tile.t(), side)
         else:
             if first or self.slice_sum is None:
@@ -424,4 +460,15 @@ class _WeightGradient:
             else:
                 addmm(self.slice_sum, tile.t(), side)
             if last:
-                out.copy_(self.slice_sum)
+                total = self.slice_sum if self.unit is None else self.slice_sum.mul_(self.unit)
+                if self.add_to:
+                    out.add_(total)
+                else:
+                    out.copy_(total)
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """The one at or below the largest magnitude, without asking the device for it; 1 where there is none."""
+    peak = x.abs().amax() if x.numel() else x.new_zeros(())
+    unit = torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent - 1)
+    return unit.where(peak.isfinite() & (unit > 0), 1)

@@ -30,7 +30,7 @@ from prefcore.ops._checks import check_type
 from prefcore.ops._plan import Schedule
 from prefcore.ops._register import register
 from prefcore.ops._stats import Stats, accumulator_dtype, stats_like
-from prefcore.ops._walk import HeadSettings, Needs, Saved
+from prefcore.ops._walk import HeadSettings, Into, Needs, Saved
 
 _GRADS = "Tensor? g_logps, Tensor? g_entropy, Tensor? g_logsumexp"
 _INPUTS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? temperature"
@@ -101,7 +101,7 @@ class _Launchers:
             return _walk.backward(
                 self.load(), (g_logps, g_entropy, g_logsumexp), hidden, weight, targets, bias, temperature,
                 entropy, Saved(state, retained, mean_weight), Needs(hidden_grad, weight_grad, bias_grad),
-                drop_zero_rows, weight_grad_out, HeadSettings(*rest),
+                drop_zero_rows, Into(weight_grad_out), HeadSettings(*rest),
             )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 from prefcore.reference.aggregate import aggregate
 from prefcore.reference.gather_rows import gather_rows
 from prefcore.reference.linear_logprobs import linear_logprobs
+from prefcore.reference.linear_loss import linear_loss
 from prefcore.reference.logprobs import logprobs
 from prefcore.reference.sequence_reduce import sequence_reduce
 
-__all__ = ["aggregate", "gather_rows", "linear_logprobs", "logprobs", "sequence_reduce"]
+__all__ = ["aggregate", "gather_rows", "linear_logprobs", "linear_loss", "logprobs", "sequence_reduce"]
