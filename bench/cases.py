@@ -75,6 +75,24 @@ class Case:
         return out.detach()
 
 
+@dataclasses.dataclass(frozen=True)
+class LossCase(Case):
+    """The provider takes the loss as well, the sum of upstream gradients times log-probabilities."""
+
+    def step(self, logps: Callable, inputs: Inputs) -> Tensor:
+        inputs.hidden.grad = inputs.weight.grad = None
+        out = logps(
+            inputs.hidden,
+            inputs.weight,
+            inputs.targets,
+            list(range(inputs.targets.shape[0] + 1)),
+            lambda stats, tile: stats.logps * inputs.upstream[tile.tokens].to(stats.logps.dtype),
+            normalizer=1,
+        )
+        out.loss.backward()
+        return out.stats.logps
+
+
 def _prefcore(schedule: str) -> Callable[[], Logps]:
     def logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return prefcore.linear_logprobs(hidden, weight, targets, schedule=schedule).logps
@@ -108,10 +126,12 @@ _TRL_NOTE = "on a CPU it runs its PyTorch fallback, not its Triton kernels"
 CASES = [
     Case("prefcore", "forward", False, 1, _prefcore("forward"), gradient=False),
     Case("prefcore", "frozen", False, 2, _prefcore("frozen")),
+    LossCase("prefcore", "loop", False, 2, lambda: prefcore.linear_loss),
     Case("PyTorch", "autograd", False, 2, lambda: _eager),
     Case("torch.compile", "", False, 2, _compiled),
     Case("TRL", "chunked", False, 2, _trl, note=_TRL_NOTE),
     Case("prefcore", "retain", True, 3, _prefcore("retain")),
+    LossCase("prefcore", "loop", True, 3, lambda: prefcore.linear_loss),
     Case("prefcore", "recompute", True, 3, _prefcore("recompute")),
     Case("PyTorch", "autograd", True, 3, lambda: _eager),
     Case("torch.compile", "", True, 3, _compiled),

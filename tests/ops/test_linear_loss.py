@@ -287,15 +287,14 @@ def run_losses(case: Case, closure, common: dict[str, Any]) -> int:
 TILINGS = {"one tile": None, "tiles, one group above the budget": 150, "mostly recomputed": 20, "no budget": 0}
 
 
-@EVERY
+@NATIVE
 @pytest.mark.quick
 @pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("rows", TILINGS.values(), ids=TILINGS)
 @pytest.mark.parametrize("name", CLOSURES)
 def test_every_loss_at_every_tiling_equals_the_oracle(name, rows, train_head, impl, device):
     closure, groups, outputs = CLOSURES[name]
-    few = (impl, device) == ("triton", "cpu")
-    case = make(groups, 3 if few else 24, train_head=train_head, extras="bias", vocab=300 if few else V)
+    case = make(groups, 24, train_head=train_head, extras="bias")
     budget = budget_of(rows, case)
     check(case, closure, outputs, impl, device, memory_budget=budget)
 
@@ -305,9 +304,9 @@ def test_every_loss_at_every_tiling_equals_the_oracle(name, rows, train_head, im
 @pytest.mark.parametrize("name", ["dpo", "entropy"])
 def test_every_dtype(name, dtype, impl, device):
     closure, groups, outputs = CLOSURES[name]
-    few = (impl, device) == ("triton", "cpu")
+    few = (impl, device) == ("triton", "cpu")  # the interpreter takes a millisecond or more for each row
     case = make(groups, 2 if few else 24, dtype, extras="bias", vocab=300 if few else V)
-    for rows in (None, 150):
+    for rows in (None, 0 if few else 150):
         budget = budget_of(rows, case)
         actual = check(case, closure, outputs, impl, device, memory_budget=budget)
         assert actual["d_weight"].dtype == actual["d_hidden"].dtype == actual["d_bias"].dtype == dtype
@@ -360,7 +359,7 @@ def test_float64_agrees_to_the_last_digits(rows, impl, device):
         torch.testing.assert_close(value, truth[name], rtol=1e-11, atol=1e-13, msg=name)
 
 
-@EVERY
+@NATIVE
 def test_float64_gradcheck(impl, device):
     case = make([[2, 0], [3], [1, 2]], 3, torch.float64, vocab=11, width=3, extras="bias softcap").to(device)
     closure = functools.partial(with_entropy, case)
@@ -603,11 +602,11 @@ def test_loss_scaling_is_exact(upstream, dtype, rows, impl, device):
     finest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # between two subnormal results
     eager = run(case, closure, reference.linear_loss)
     exact = run(case, closure, reference.linear_loss, torch.float64)
+    bands = rounding(case, closure, {"outputs": (), "upstream": upstream * small}, truth)
     for name in ("d_hidden", "d_weight", "d_bias"):
         # The error of eager at a scale where nothing underflows, moved to this one.
         error = (eager[name].double() - exact[name]).abs().max().item() * upstream * small
-        size = torch.finfo(dtype).eps * truth[name].abs().max().item()
-        assert (actual[name].double() - truth[name]).abs().max() <= 2 * error + 4 * size + finest, name
+        assert (actual[name].double() - truth[name]).abs().max() <= 2 * error + 4 * bands[name] + finest, name
         if upstream == 0:
             assert (actual[name] == 0).all()
 
@@ -650,15 +649,18 @@ def test_weight_grad_out_sums_micro_batches(promise, dtype, impl, device):
 
         def counted(case, stats, tile):
             nonlocal additions
-            additions += 1
+            additions += (
+                1 + stats.logps.shape[0] // 128
+            )  # a GEMM adds to its output block by block of the inner dimension
             return closure(case, stats, tile)
 
         for case in cases:
             common = {"normalizer": 41}
-            truth = run(case, closure, reference.linear_loss, torch.float64, 64.0, **common)["d_weight"]
+            truth = run(case, closure, reference.linear_loss, torch.float64, 64.0, **common)
             eager = run(case, closure, reference.linear_loss, None, 64.0, **common)["d_weight"]
-            expected += truth
-            slack += 2 * (eager.double() - truth).abs().max().item() + 4e-7 * truth.abs().max().item()
+            expected += truth["d_weight"]
+            band = rounding(case, closure, {"outputs": (), "upstream": 64.0, **common}, truth)["d_weight"]
+            slack += 2 * (eager.double() - truth["d_weight"]).abs().max().item() + 4 * band
             there = case.to(device)
             version = buffer._version
             out = prefcore.linear_loss(

@@ -30,6 +30,12 @@ def plan(**options):
         ({"schedule": "recompute"}, "recompute", 4),
         ({"schedule": "recompute", "weight_requires_grad": False}, "recompute", 3),
         ({"schedule": "retain", "memory_budget": None, "device": "cpu"}, "retain", 3),
+        ({"schedule": "loop"}, "loop", 3),
+        ({"schedule": "loop", "memory_budget": GIB // 4}, "loop", 3),
+        ({"schedule": "loop", "memory_budget": 0}, "loop", 4),
+        ({"schedule": "loop", "weight_requires_grad": False}, "loop", 2),
+        ({"schedule": "loop", "weight_requires_grad": False, "memory_budget": 0}, "loop", 2),
+        ({"schedule": "loop", "hidden_requires_grad": False, "weight_requires_grad": False}, "forward", 1),
     ],
 )
 def test_schedule_and_flops(options, schedule, units):
@@ -64,6 +70,23 @@ def test_peak_memory_of_each_schedule():
     assert plan(**wide, logits_dtype=torch.float32).peak_bytes > plan(**wide).peak_bytes + T * V * 2 - GIB
 
 
+def test_a_loop_holds_one_tile_and_recomputes_what_exceeds_it():
+    budget = GIB // 4
+    groups = [100] * 20 + [1500] + [100] * 5 + [96]
+    made = plan(schedule="loop", memory_budget=budget, groups=groups)
+    held = made.tiles.retained
+    assert 128 <= held < 1500
+    assert held * V * 2 <= budget
+    assert made.tiles.rows == 1500
+    assert made.flops == 3 * U + (1500 - held) * 2 * D * V
+    assert "1 of them exceed" in made.reason
+    # Beside the tile: what is kept until the backward, dW in float32 among it.
+    assert made.peak_bytes < budget + 4 * V * D + 4 * T * D + 3 * 4 * 1500 * D
+    assert plan(
+        schedule="loop", memory_budget=budget, groups=[1000] * 4 + [96]
+    ).flops == 3 * U + 4 * 1000 * 2 * D * V - (4 * held * 2 * D * V)
+
+
 @pytest.mark.parametrize(("budget", "outputs"), [(None, ()), (2_000_000, ()), (2_000_000, ("entropy",)), (0, ())])
 def test_the_call_does_what_the_plan_says(budget, outputs):
     rows, width, vocab = 300, 8, 2500
@@ -93,7 +116,12 @@ def test_the_call_does_what_the_plan_says(budget, outputs):
         ({"outputs": ("loss",)}, ValueError, "outputs may name"),
         ({"memory_budget": 1.5}, TypeError, "memory_budget"),
         ({"memory_budget": -1}, ValueError, "memory_budget"),
-        ({"schedule": "loop"}, ValueError, "schedule must be one of"),
+        ({"schedule": "loops"}, ValueError, "schedule must be one of"),
+        ({"groups": [10]}, ValueError, "groups is for schedule='loop'"),
+        ({"schedule": "loop", "groups": 10}, TypeError, "groups must be a sequence of ints"),
+        ({"schedule": "loop", "groups": [4.0, 6.0]}, TypeError, "groups must be a sequence of ints"),
+        ({"schedule": "loop", "groups": [4, 5]}, ValueError, "add up to T, 10, got the sum 9"),
+        ({"schedule": "loop", "groups": [14, -4]}, ValueError, "must not be negative"),
         ({"schedule": ["auto"]}, TypeError, "schedule"),
         ({"schedule": "frozen"}, ValueError, "frozen"),
         ({"schedule": "forward"}, ValueError, "forward"),
