@@ -299,10 +299,12 @@ def _plan_loop(
     hidden_grad: bool, weight_grad: bool,
 ) -> Plan:  # fmt: skip
     tiles = [offsets[stop] - offsets[start] for start, stop in loop_tiles(offsets, loop_rows(bounds))]
-    held = min(bounds.retained_rows, max(tiles, default=0))
-    larger = [rows for rows in tiles if rows > held]
-    # Without a gradient of the weight the rows of a tile that does not fit run `frozen`, which recomputes nothing.
-    again = sum(rows - held for rows in larger) if weight_grad else 0
+    # A tile runs `frozen`, which keeps no logits, where that costs nothing more.
+    keeps = weight_grad or raw
+    larger = [rows for rows in tiles if rows > bounds.retained_rows] if keeps else []
+    again = sum(rows - bounds.retained_rows for rows in larger) if weight_grad else 0
+    fit = [min(rows, bounds.retained_rows) for rows in tiles if weight_grad or rows <= bounds.retained_rows]
+    held = max(fit, default=0) if keeps else 0
     grads = hidden_grad + weight_grad
     flops = 2 * D * V * (T * (1 + grads) + again)
 
@@ -314,7 +316,7 @@ def _plan_loop(
     sums = (T * D if hidden_grad else 0) + (V * D if weight_grad else 0)
     traffic += wide * (T * D + 2 * count * V * D if weight_grad else T * D)
     scratch = 0
-    if larger or raw or kept_size != tile_size:
+    if larger or raw or not keeps or kept_size != tile_size:
         scratch = (
             min(most, bounds.tile_rows) * min(V, bounds.tile_cols) * (tile_size + (size if size != tile_size else 0))
         )
@@ -323,5 +325,7 @@ def _plan_loop(
     peak = held * V * kept_size + scratch + kept + 2 * most * D * wide
     reason = f"{count} tile(s) of whole groups, of {most} rows at most"
     if larger:
-        reason += f"; {len(larger)} of them exceed the {held} rows that fit the budget"
-    return Plan("loop", Tiles(most, V if not larger else bounds.tile_cols, held), flops, traffic, peak, reason)
+        reason += f"; {len(larger)} of them exceed the {bounds.retained_rows} rows that fit the budget"
+    return Plan(
+        "loop", Tiles(most, V if keeps and not larger else bounds.tile_cols, held), flops, traffic, peak, reason
+    )

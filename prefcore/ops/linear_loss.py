@@ -103,8 +103,9 @@ def linear_loss(
         grad_scale: the gradient that will arrive at ``loss``, where it is known (a loss scale; 1 for a plain
             ``loss.backward()``): a number, or a 0-dim tensor. Then the forward itself adds to ``weight_grad_out``, and
             keeps the other gradients in the inputs' types: no float32 buffer lasts until the backward. ``normalizer``
-            or ``weights`` must be given. If another gradient arrives, those of hidden states, weight and bias
-            are NaN; on a CPU, and on a GPU with ``PREFCORE_CHECK=1``, the backward raises.
+            or ``weights`` must be given. Not for code that activation checkpointing runs twice. If another gradient
+            arrives, those of hidden states, weight and bias are NaN; on a CPU, and on a GPU with
+            ``PREFCORE_CHECK=1``, the backward raises.
         drop_zero_rows: leave rows whose gradient is zero out of the gradients' GEMMs. On a GPU it costs one
             synchronisation per tile; on a CPU it is always done.
         process_group: for a head sharded over its vocabulary; not built yet.
@@ -371,7 +372,7 @@ class _Tiles:
         if not self.grad:
             return
         rows = [offsets[last] - offsets[first] for first, last in self.tiles]
-        held = [min(n, bounds.retained_rows) for n in rows if self.head_trains or n <= bounds.retained_rows]
+        held = [min(n, bounds.retained_rows) for n in rows if self._keeps(n, bounds.retained_rows)]
         # One buffer for the logits of every tile.
         self.retained = _walk.allocate_retained(head.hidden, head.weight, head.settings, max(held, default=0))
         acc = accumulator_dtype(head.hidden.dtype)
@@ -428,8 +429,14 @@ class _Tiles:
     def _schedule(self, tile: Tile) -> str:
         if not self.grad:
             return "forward"
-        rows = tile.tokens.stop - tile.tokens.start
-        return "frozen" if rows > self.retained.shape[0] and not self.head_trains else "loop"
+        return "loop" if self._keeps(tile.tokens.stop - tile.tokens.start, self.retained.shape[0]) else "frozen"
+
+    def _keeps(self, rows: int, limit: int) -> bool:
+        """Whether logits stay until the closure has been differentiated, as many as fit.
+
+        Without a gradient of the head ``frozen`` does without them, unless it is that of an entropy.
+        """
+        return self.head_trains or (self.head.settings.raw and rows <= limit)
 
     def _differentiate(self, weighted: Tensor, leaves: list[Tensor | None]) -> list[Tensor | None]:
         """The gradient that the closure sends to each of logps, entropy and logsumexp."""
@@ -547,15 +554,16 @@ class _Deliver(torch.autograd.Function):
             ctx.gradients = None
         factor = upstream / found.divisor if found.promised is None else _kept_promise(upstream, found.promised)
 
-        def scaled(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-            return None if x is None else (x * factor if again else x.mul_(factor)).to(dtype)
+        def scaled(x: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+            return None if x is None else (x * factor if again else x.mul_(factor)).to(dtype or x.dtype)
 
         hidden, bias = scaled(found.hidden, ctx.dtype), scaled(found.bias, ctx.dtype)
-        if found.weight_grad_out is None:
-            return None, hidden, scaled(found.weight, ctx.dtype), bias, None
-        if found.weight is not None:
-            found.weight_grad_out.add_(found.weight * factor if again else found.weight.mul_(factor))
-        return None, hidden, None, bias, None
+        out = found.weight_grad_out
+        weight = scaled(found.weight, ctx.dtype if out is None else None)
+        if out is not None and weight is not None:
+            out.add_(weight)
+            weight = None
+        return None, hidden, weight, bias, None
 
 
 def _graph_is_kept() -> bool:
