@@ -480,13 +480,14 @@ def _call(loss_fn: LossFn, stats: TokenStats, tile: Tile) -> Tensor:
 
 def _refuse_others(losses: Tensor, leaves: list[Tensor | None], loss_fn: LossFn) -> None:
     """Refuse losses of which another tensor than the statistics would get a gradient: it would be lost."""
-    todo, seen = [losses.grad_fn], set()
+    todo: list[Any] = [torch.autograd.graph.get_gradient_edge(losses).node]
+    seen = set()
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
+        leaf = getattr(node, "variable", None)  # of the node that accumulates a leaf's gradient
         if isinstance(leaf, Tensor) and not any(leaf is known for known in leaves):
             raise NotImplementedError(
                 f"loss_fn's losses depend on {_describe(leaf, loss_fn)}, which requires a gradient and is none of the "

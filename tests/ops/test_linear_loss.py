@@ -724,6 +724,14 @@ def test_a_backward_may_be_repeated_where_the_graph_is_kept(rows, impl, device):
     torch.testing.assert_close(buffer, 2 * first[1])
 
 
+def test_where_torch_does_not_tell_whether_the_graph_is_kept_gradients_are_copied(monkeypatch):
+    case = make(mixed, 4)
+    expected = run(case, policy, prefcore.linear_loss)
+    monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    actual = run(case, policy, prefcore.linear_loss)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
 def test_double_backward_is_refused():
     case = make(mixed, 4)
     out = prefcore.linear_loss(
@@ -826,6 +834,9 @@ def test_a_parameter_of_the_closure_is_refused_by_name():
         prefcore.linear_loss(*inputs, closure)
     with pytest.raises(NotImplementedError, match=r"a tensor of shape \(\)"):
         prefcore.linear_loss(*inputs, lambda stats, tile: stats.logps * squared)
+    each = torch.zeros(case.cu_seqlens.shape[0] - 1, requires_grad=True)
+    with pytest.raises(NotImplementedError, match=r"each of shape"):
+        prefcore.linear_loss(*inputs, lambda stats, tile: each)
     prefcore.linear_loss(*inputs, lambda stats, tile: stats.logps * beta.detach())
     with torch.no_grad():
         prefcore.linear_loss(*inputs, closure)
@@ -836,6 +847,11 @@ def test_a_constant_closure_has_no_gradient():
     actual = run(case, lambda case, stats, tile: stats.logps.detach(), prefcore.linear_loss)
     assert actual["loss"] != 0
     assert all((value == 0).all() for name, value in actual.items() if name.startswith("d_"))
+
+
+def test_a_statistic_may_be_the_loss():
+    case = make(mixed, 4)
+    check(case, lambda case, stats, tile: stats.logps, (), "cpu", "cpu")
 
 
 def test_losses_in_float64_are_kept():
