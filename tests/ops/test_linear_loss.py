@@ -185,7 +185,9 @@ def run(case: Case, closure, op: Any, dtype: torch.dtype | None = None, upstream
         cu_groups=case.cu_groups, bias=leaves.get("bias"), **options, **arguments,
     )  # fmt: skip
     wanted = {k: v for k, v in leaves.items() if v.requires_grad}
-    grads = torch.autograd.grad(out.loss * upstream, list(wanted.values()), allow_unused=True)
+    grads: Any = [None] * len(wanted)
+    if out.loss.requires_grad or op is prefcore.linear_loss:  # the oracle's does not where all groups are empty
+        grads = torch.autograd.grad(out.loss * upstream, list(wanted.values()), allow_unused=True)
     named = {"loss": out.loss, "losses": out.losses}
     named |= {k: v for k, v in out.stats._asdict().items() if v is not None}
     named |= {
@@ -228,9 +230,10 @@ def check(
 def rounding(case: Case, closure, common: dict[str, Any], truth: dict[str, torch.Tensor]) -> dict[str, float]:
     """What one rounding of intermediate values does to each result.
 
-    Statistics, losses and the gradients that the closure sends follow the logits: they move as far as they do, in
-    float64, when the inputs move by one rounding. A rounded logit also moves a probability, relatively, by eps·|z|, and
-    with it a gradient, whose parts, a row of W or of the hidden states each, may cancel and leave their own roundings.
+    Results move as far as they do, in float64, when the inputs move by one rounding; that may be little by chance. A
+    rounded logit is off by eps·|z|, and so is a statistic, a loss by as much times what it sends, and relatively a
+    probability and with it a gradient, whose parts, a row of W or of the hidden states each, may cancel and leave their
+    own roundings.
     """
     g = torch.Generator().manual_seed(1)
     eps = torch.finfo(case.hidden.dtype).eps
@@ -245,43 +248,37 @@ def rounding(case: Case, closure, common: dict[str, Any], truth: dict[str, torch
     bands = {k: (v.double() - truth[k].double()).abs().max().item() for k, v in result.items()}
 
     hidden, weight = case.hidden.double(), case.weight.double()
-    magnitude = max(1.0, (hidden @ weight.t() + (0 if case.bias is None else case.bias)).abs().max().item())
+    z = (hidden @ weight.t() + (0 if case.bias is None else case.bias)).abs().max()
+    magnitude = max(1.0, (z / torch.as_tensor(case.options.get("temperature", 1.0)).min()).item())
     wide = torch.finfo(torch.promote_types(case.hidden.dtype, torch.float32)).eps
-    sent = sent_by(case, closure, common)
+    sent, count = sent_by(case, closure, common["outputs"])
+    normalizer = common.get("normalizer") or max(count, 1)
+    for name in {"logps", *common["outputs"]} & bands.keys():
+        bands[name] += eps * magnitude
+    bands["losses"] += eps * magnitude * sent
+    bands["loss"] += bands["losses"] * count / normalizer
+    sent *= abs(common["upstream"]) / normalizer
     for name, part in (("d_hidden", weight), ("d_weight", hidden), ("d_bias", torch.ones(1))):
         if name in bands:
-            bands[name] += (
-                eps * (1 + magnitude) * truth[name].abs().max().item() + wide * sent * part.abs().max().item()
-            )
+            # `frozen` rounds probabilities to the operands' type, the others the difference onehot - p.
+            parts = (wide if case.train_head else eps) * sent * part.abs().max().item()
+            bands[name] += (1 + magnitude) * (eps * truth[name].abs().max().item() + parts)
     return bands
 
 
-def sent_by(case: Case, closure, common: dict[str, Any]) -> float:
-    """The largest gradient that the closure sends to a statistic."""
-    seen = []
-
-    def watched(case, stats, tile):
-        stats = stats._replace(
-            **{k: v.detach().requires_grad_() for k, v in stats._asdict().items() if v is not None and v.requires_grad}
-        )
-        losses = closure(case, stats, tile)
-        leaves = [v for v in stats if v is not None and v.requires_grad]
-        one = torch.ones_like(losses) if common.get("weights") is None else common["weights"].to(losses.dtype)
-        grads = torch.autograd.grad(losses, leaves, one, allow_unused=True) if losses.requires_grad else []
-        seen.extend(g.abs().max().item() for g in grads if g is not None and g.numel())
-        return losses
-
-    losses = run_losses(case, watched, common)
-    return max(seen, default=0.0) * abs(common["upstream"]) / float(common.get("normalizer") or max(losses, 1))
-
-
-def run_losses(case: Case, closure, common: dict[str, Any]) -> int:
-    out = reference.linear_loss(
-        case.hidden.double().requires_grad_(), case.weight.double(), case.targets, case.cu_seqlens,
-        functools.partial(closure, case), cu_groups=case.cu_groups, outputs=common["outputs"],
-        bias=None if case.bias is None else case.bias.double(), **case.options,
-    )  # fmt: skip
-    return out.losses.shape[0]
+def sent_by(case: Case, closure, outputs: tuple[str, ...]) -> tuple[float, int]:
+    """The largest gradient that the closure sends to a statistic, and the number of losses."""
+    bias = None if case.bias is None else case.bias.double()
+    stats = reference.linear_logprobs(
+        case.hidden.double(), case.weight.double(), case.targets, bias=bias, outputs=outputs, **case.options
+    )
+    leaves = [None if x is None else x.requires_grad_() for x in stats[:3]]
+    sizes = case.targets, case.cu_seqlens[1:], case.cu_groups[1:]
+    tile = prefcore.Tile(*(slice(0, x.shape[0]) for x in sizes), case.cu_seqlens, case.cu_groups)
+    losses = closure(case, stats._make((*leaves, *stats[3:])), tile)
+    there = [x for x in leaves if x is not None]
+    grads = torch.autograd.grad(losses.sum(), there, allow_unused=True) if losses.requires_grad else []
+    return max((g.abs().max().item() for g in grads if g is not None), default=0.0), losses.shape[0]
 
 
 TILINGS = {"one tile": None, "tiles, one group above the budget": 150, "mostly recomputed": 20, "no budget": 0}
