@@ -82,7 +82,8 @@ def attend(
             f"{name} does not hand the keyword arguments of the model on to its attention, or it was called while a "
             "packed forward pass of its model was under way"
         )
-    if attention_mask is not None and attention_mask.numel():
+    # During the probe's recording pass there is none to hand on, and some models make one then.
+    if _recording is None and attention_mask is not None and attention_mask.numel():
         raise NotImplementedError(f"{name} has a mask of its own, {tuple(attention_mask.shape)}")
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise NotImplementedError(f"{name} is not causal")

@@ -508,9 +508,12 @@ def test_bad_arguments_are_refused(tmp_path):
     for options in ({"sharing": "pack"}, {"max_tokens": 50}):
         with pytest.raises(ValueError, match="the data_collator's own"):
             PreferenceTrainer(model, args, pairs, data_collator=collator, **options)
+    by_length = ("train_sampling_strategy", "group_by_length")
+    if by_length[0] not in TrainingArguments.__dataclass_fields__:  # older transformers
+        by_length = ("group_by_length", True)
     for name, value in (
         ("include_num_input_tokens_seen", True),
-        ("train_sampling_strategy", "group_by_length"),
+        by_length,
         ("include_for_metrics", ["inputs"]),
         ("accelerator_config", {"dispatch_batches": True}),
     ):
