@@ -103,9 +103,10 @@ def linear_loss(
         grad_scale: the gradient that will arrive at ``loss``, where it is known (a loss scale; 1 for a plain
             ``loss.backward()``): a number, or a 0-dim tensor. Then the forward itself adds to ``weight_grad_out``, and
             keeps the other gradients in the inputs' types: no float32 buffer lasts until the backward. ``normalizer``
-            or ``weights`` must be given. Not for code that activation checkpointing runs twice. If another gradient
-            arrives, those of hidden states, weight and bias are NaN; on a CPU, and on a GPU with
-            ``PREFCORE_CHECK=1``, the backward raises.
+            or ``weights`` must be given. ``weight_grad_out`` is then added to once for each forward, whatever number of
+            backwards follows, and rounded once for each tile if it has 16 bits; so not for code that activation
+            checkpointing runs twice. If another gradient arrives, those that the backward hands out are NaN (what
+            ``weight_grad_out`` got stays); on a CPU, and on a GPU with ``PREFCORE_CHECK=1``, the backward raises.
         drop_zero_rows: leave rows whose gradient is zero out of the gradients' GEMMs. On a GPU it costs one
             synchronisation per tile; on a CPU it is always done.
         process_group: for a head sharded over its vocabulary; not built yet.
@@ -135,6 +136,14 @@ def linear_loss(
         >>> out.losses.shape, out.stats.logps.shape
         (torch.Size([2]), torch.Size([5]))
     """
+    if torch.compiler.is_compiling():  # an arbitrary function of Python cannot be part of a registered operator
+        return torch.compiler.disable(linear_loss)(
+            hidden, weight, targets, cu_seqlens, loss_fn, cu_groups=cu_groups, weights=weights, normalizer=normalizer,
+            outputs=outputs, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+            ignore_index=ignore_index, memory_budget=memory_budget, logits_dtype=logits_dtype,
+            weight_grad_out=weight_grad_out, grad_scale=grad_scale, drop_zero_rows=drop_zero_rows,
+            process_group=process_group, impl=impl,
+        )  # fmt: skip
     names = check_logit_options(softcap, logit_scale, ignore_index, outputs)
     check_head_tensors(hidden, weight, targets, bias)
     if hidden.ndim != 2:
@@ -183,9 +192,9 @@ def linear_loss(
         ),
         names, drop_zero_rows,
     )  # fmt: skip
-    # An arbitrary function of Python cannot be part of a registered operator.
-    start = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
-    return start(head, batch, _Reduction(weights, normalizer, grad_scale), loss_fn, weight_grad_out)
+    # The backward reads them again: the caller's own may have changed by then.
+    kept = (x.clone() if isinstance(x, Tensor) else x for x in (normalizer, grad_scale))
+    return _run(head, batch, _Reduction(weights, *kept), loss_fn, weight_grad_out)
 
 
 def _check_weights(weights: Tensor | None, hidden: Tensor) -> Tensor | None:
@@ -393,9 +402,13 @@ class _Tiles:
         head, schedule = self.head, self._schedule(tile)
         stats, entropy, saved = self.forward(tile.tokens, schedule)
         self.stats.append(stats)
-        leaves = [None if x is None else x.detach().requires_grad_(self.grad) for x in stats[:3]]
-        with torch.set_grad_enabled(self.grad):
-            losses = _call(self.loss_fn, TokenStats._make((*leaves, *stats[3:])), tile)
+        # Copies: what a closure does to them in place is not done to the statistics returned.
+        leaves = [None if x is None else x.clone().requires_grad_(self.grad) for x in stats[:3]]
+        others = [None if x is None else x.clone() for x in stats[3:]]
+        # The graph of a closure ends here: hooks around the call, such as a checkpoint's, are not for it.
+        own = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+        with torch.set_grad_enabled(self.grad), own:
+            losses = _call(self.loss_fn, TokenStats._make((*leaves, *others)), tile)
             weighted = self.reduction.weigh(losses, self.seen)
         self.seen += losses.shape[0]
         self.losses.append(losses.detach())
@@ -520,7 +533,8 @@ def _check_separates(
     other = torch.cat(again)
     # A closure's own sums may run in another order.
     rounding = 1024 * torch.finfo(losses.dtype).eps
-    scale = losses.abs().max() if losses.numel() else 0.0
+    finite = losses[losses.isfinite()]
+    scale = finite.abs().max() if finite.numel() else 0.0
     if other.shape != losses.shape:
         raise ValueError(f"loss_fn returned {losses.shape[0]} losses, and {other.shape[0]} on another tiling")
     changed = ~torch.isclose(other, losses, rtol=rounding, atol=float(rounding * scale), equal_nan=True)

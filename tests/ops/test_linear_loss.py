@@ -782,15 +782,64 @@ def test_a_compiled_caller_breaks_its_graph_and_gets_the_same():
         )  # fmt: skip
         return out.loss * 2, out.losses
 
-    for count in (6, 9):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for count in (6, 9, 12):
         case = make(mixed, count)
         results = []
-        for function in (step, torch.compile(step, backend="aot_eager", dynamic=True)):
+        for function in (step, torch.compile(step, backend=backend, dynamic=True)):
             case.hidden = case.hidden.detach().requires_grad_()
             loss, losses = function(case)
             loss.backward()
             results.append((loss.detach(), losses, case.hidden.grad))
         torch.testing.assert_close(results[1], results[0])
+    assert len(graphs) == 2  # before the call and after it, for every size
+
+
+def test_a_checkpoint_around_the_call_runs_no_tile_again():
+    from torch.utils.checkpoint import checkpoint
+
+    case = make(pairs, 24)
+    budget, calls = budget_of(150, case), []
+
+    def loss_fn(stats, tile):
+        calls.append(tile.groups)
+        return policy(case, stats, tile)
+
+    def body(hidden):
+        offsets = {"cu_groups": case.cu_groups, "memory_budget": budget}
+        return prefcore.linear_loss(hidden, case.weight, case.targets, case.cu_seqlens, loss_fn, **offsets).loss
+
+    hidden = case.hidden.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(body(hidden), hidden)
+    tiles = len(calls)
+    assert tiles > 2
+    (got,) = torch.autograd.grad(checkpoint(body, hidden, use_reentrant=False), hidden)
+    assert len(calls) == 2 * tiles  # nothing of it is saved, so nothing is computed again
+    assert torch.equal(got, expected)
+
+
+def test_what_is_changed_after_the_call_changes_no_gradient():
+    case = make(mixed, 6)
+    normalizer = torch.tensor(3.0)
+
+    def loss_fn(stats, tile):
+        losses = policy(case, stats, tile)
+        with torch.no_grad():
+            stats.logps.zero_()
+        return losses
+
+    hidden, offsets = case.hidden.detach().requires_grad_(), {"cu_groups": case.cu_groups}
+    arguments = case.weight, case.targets, case.cu_seqlens
+    out = prefcore.linear_loss(hidden, *arguments, loss_fn, normalizer=normalizer, **offsets)
+    plain = prefcore.linear_loss(hidden, *arguments, functools.partial(policy, case), normalizer=3.0, **offsets)
+    assert torch.equal(out.stats.logps, plain.stats.logps)
+    normalizer.mul_(10)
+    assert torch.equal(*(torch.autograd.grad(each.loss, hidden)[0] for each in (out, plain)))
 
 
 def centred(stats, tile):
@@ -815,6 +864,14 @@ def test_a_closure_that_mixes_groups_is_found(rows, monkeypatch):
         prefcore.linear_loss(*inputs, lambda stats, tile: stats.logps[:2], **arguments)
     for name in ("policy", "listwise"):
         prefcore.linear_loss(*inputs, functools.partial(CLOSURES[name][0], case), **arguments)
+
+    def overflowing(stats, tile):
+        losses = centred(stats, tile)
+        return torch.where(torch.arange(len(losses)) + tile.sequences.start == 0, torch.inf, losses)
+
+    with pytest.raises(ValueError, match="mixes groups"):
+        prefcore.linear_loss(*inputs, overflowing, **arguments)
+    prefcore.linear_loss(torch.full_like(case.hidden, torch.nan), *inputs[1:], centred, **arguments)
 
 
 def test_a_parameter_of_the_closure_is_refused_by_name():
