@@ -251,19 +251,18 @@ def _gather_keys(plan: VarlenPlan, key: Tensor, value: Tensor) -> tuple[Tensor, 
     )
 
 
+def _ragged(plan: VarlenPlan, query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
+    """What both variable-length kernels take first: the values as wide as the keys, the keys of every segment."""
+    key, value = _gather_keys(plan, key, _widen(value, query.shape[-1]))
+    tensors = (x.contiguous() for x in (query, key, value))
+    return (*tensors, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k)
+
+
 def flash(plan: VarlenPlan, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    size = value.shape[-1]
-    key, value = _gather_keys(plan, key, _widen(value, query.shape[-1]))
     out = flash_attn_varlen_func(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        plan.cu_q,
-        plan.cu_k,
-        plan.max_q,
-        plan.max_k,
+        *_ragged(plan, query, key, value),
         dropout_p=call.dropout,
         softmax_scale=call.scale,
         causal=True,  # aligned at the bottom right: the last query of a segment sees its last key
@@ -271,33 +270,29 @@ def flash(plan: VarlenPlan, query: Tensor, key: Tensor, value: Tensor, call: Cal
         softcap=call.softcap or 0.0,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    return out[..., :size]
+    return out[..., : value.shape[-1]]
 
 
 def varlen(plan: VarlenPlan, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    size = value.shape[-1]
-    key, value = _gather_keys(plan, key, _widen(value, query.shape[-1]))
     options: dict[str, Any] = {"scale": call.scale}
-    grouped = query.shape[1] // key.shape[1]
+    query, keys, values, *layout = _ragged(plan, query, key, value)
+    grouped = query.shape[1] // keys.shape[1]
     if grouped > 1:
         if _varlen_takes("enable_gqa"):
             options["enable_gqa"] = True
         else:
-            key, value = key.repeat_interleave(grouped, 1), value.repeat_interleave(grouped, 1)
+            keys, values = keys.repeat_interleave(grouped, 1), values.repeat_interleave(grouped, 1)
     out: Any = varlen_attn(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        plan.cu_q,
-        plan.cu_k,
-        plan.max_q,
-        plan.max_k,
+        query,
+        keys,
+        values,
+        *layout,
         window_size=(-1 if call.window is None else call.window - 1, 0),
         **options,
     )
-    return out[..., :size]
+    return out[..., : value.shape[-1]]
 
 
 @torch.compiler.assume_constant_result  # torch.compile would trace it, and warn of the cache
@@ -320,7 +315,7 @@ def flex(plan: FlexPlan, query: Tensor, key: Tensor, value: Tensor, call: Call) 
     softcap: Any = call.softcap
 
     def cap(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return _capped(score, softcap)
 
     result = _flex_attention(query.device.type)(
         *(x.transpose(0, 1)[None] for x in (query, key, value)),
@@ -393,7 +388,7 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) 
     k, v = k.repeat_interleave(grouped, 1), v.repeat_interleave(grouped, 1)
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if call.scale is None else call.scale)
     if call.softcap is not None:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
+        scores = _capped(scores, call.softcap)
     if mask is None:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     scores = scores.masked_fill(~mask, -torch.inf)
@@ -404,6 +399,10 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) 
         scores = torch.cat([scores, sinks], dim=-1)
     weights = F.dropout(scores.softmax(-1)[..., : k.shape[-2]], call.dropout)
     return weights.to(v.dtype) @ v
+
+
+def _capped(scores: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(scores / softcap)
 
 
 def _widen(value: Tensor, size: int) -> Tensor:

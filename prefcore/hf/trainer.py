@@ -21,7 +21,7 @@ from prefcore import losses
 from prefcore.data import PackedBatch, PackedCollator, PairDataset
 from prefcore.data.packed import Sharing
 from prefcore.hf.head import find_head
-from prefcore.hf.scoring import head_logps, response_logps, run_backbone
+from prefcore.hf.scoring import head_logps, run_backbone
 
 _ITEM = ["prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask"]
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
@@ -273,8 +273,7 @@ class PreferenceTrainer(Trainer):
         return [batch.to(self.args.device) for batch in inputs]
 
     def _score(self, model: Any, batch: PackedBatch) -> Tensor:
-        with self.accelerator.autocast():
-            return response_logps(model, batch, attention=self._attention)
+        return self._score_with_routers(model, batch)[0]
 
     def _score_with_routers(self, model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         with self.accelerator.autocast():

@@ -29,3 +29,9 @@ def register(schema: str, launcher: Callable, fake: Callable, key: str) -> OpOve
     torch.library.impl(qualified, key, launcher)
     torch.library.register_fake(qualified, fake)
     return getattr(torch.ops.prefcore, name).default
+
+
+def register_ragged(name: str, signature: str, launcher: Callable, fake: Callable) -> dict[str, OpOverload]:
+    """Register ``prefcore::<name>_cpu`` and ``<name>_cuda``, which one launcher of the extension serves."""
+    keys = {"cpu": "CPU", "cuda": "CUDA"}
+    return {impl: register(f"{name}_{impl}{signature}", launcher, fake, key) for impl, key in keys.items()}

@@ -13,7 +13,7 @@ from prefcore import _native, reference
 from prefcore._impl import Impl, resolve
 from prefcore.ops import _checks
 from prefcore.ops._arguments import check_float
-from prefcore.ops._register import register
+from prefcore.ops._register import register_ragged
 
 
 class RowInverse(NamedTuple):
@@ -233,21 +233,15 @@ def _launch_backward(grad: Tensor, offsets: Tensor, places: Tensor) -> Tensor:
     return out
 
 
-_FORWARD = {
-    name: register(
-        f"gather_rows_forward_{name}(Tensor x, Tensor index, Tensor? offsets, Tensor? places) -> Tensor",
-        _launch_forward,
-        _forward_fake,
-        key,
-    )
-    for name, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-}
-_BACKWARD = {
-    name: register(
-        f"gather_rows_backward_{name}(Tensor grad, Tensor offsets, Tensor places) -> Tensor",
-        _launch_backward,
-        _backward_fake,
-        key,
-    )
-    for name, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-}
+_FORWARD = register_ragged(
+    "gather_rows_forward",
+    "(Tensor x, Tensor index, Tensor? offsets, Tensor? places) -> Tensor",
+    _launch_forward,
+    _forward_fake,
+)
+_BACKWARD = register_ragged(
+    "gather_rows_backward",
+    "(Tensor grad, Tensor offsets, Tensor places) -> Tensor",
+    _launch_backward,
+    _backward_fake,
+)

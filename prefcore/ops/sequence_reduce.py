@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from prefcore import _native, reference
 from prefcore._impl import Impl, resolve
 from prefcore.ops import _checks
-from prefcore.ops._register import register
+from prefcore.ops._register import register_ragged
 
 Mode = Literal["sum", "mean", "discounted", "weighted"]
 _MODES: tuple[str, ...] = get_args(Mode)
@@ -166,23 +166,15 @@ def _launch(
     return out
 
 
-_FORWARD = {
-    name: register(
-        f"sequence_reduce_forward_{name}"
-        "(Tensor x, Tensor cu_seqlens, Tensor? weights, str mode, float gamma) -> Tensor",
-        _launch_forward,
-        _forward_fake,
-        key,
-    )
-    for name, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-}
-_BACKWARD = {
-    name: register(
-        f"sequence_reduce_backward_{name}"
-        "(Tensor grad, Tensor cu_seqlens, Tensor? weights, SymInt total, str mode, float gamma) -> Tensor",
-        _launch_backward,
-        _backward_fake,
-        key,
-    )
-    for name, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-}
+_FORWARD = register_ragged(
+    "sequence_reduce_forward",
+    "(Tensor x, Tensor cu_seqlens, Tensor? weights, str mode, float gamma) -> Tensor",
+    _launch_forward,
+    _forward_fake,
+)
+_BACKWARD = register_ragged(
+    "sequence_reduce_backward",
+    "(Tensor grad, Tensor cu_seqlens, Tensor? weights, SymInt total, str mode, float gamma) -> Tensor",
+    _launch_backward,
+    _backward_fake,
+)
