@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Row(IntEnum):
@@ -34,3 +36,53 @@ class LogitSpec:
     mean: bool = False  # keep Row.SUM
     squares: bool = False  # keep Row.SQUARES
     top1: bool = False  # keep Row.BEFORE
+
+
+class Side(NamedTuple):
+    """One of two distributions over the same vocabulary, as the row kernels of a pair take it."""
+
+    tile: Tensor  # [R, C]
+    temperature: Tensor | None  # [R]
+    bias: Tensor | None  # [C]
+    spec: LogitSpec
+    state: Tensor  # [len(Row), R]
+
+
+@dataclass(frozen=True)
+class PairSpec:
+    """A divergence of p and q, m = weight·p + (1 - weight)·q for ``js``, r = p^weight·q^(1 - weight) for ``alpha``."""
+
+    kind: Literal["kl", "alpha", "js", "tv"]
+    weight: float = 0.5  # in (0, 1)
+
+    @property
+    def needs_totals(self) -> bool:
+        """Whether its sums need final states."""
+        return self.kind in ("js", "tv")
+
+
+# What row kernels of a pair sum up per row, in `cross [3, R]`. With final P, T = Row.PEAK, Row.TOTAL of each side:
+#   kl     0: sum of exp(z_p - P_p)·((z_p - P_p) - (z_q - P_q))
+#   alpha  0: sum of exp(weight·(z_p - P_p) + (1 - weight)·(z_q - P_q))
+#   js     0: sum of p·log(p/m)   1: sum of q·log(q/m)   2: sum of weight·p·log(p/m) + (1 - weight)·q·log(q/m)
+#   tv     0: sum of p·sign(p - q)   1: sum of q·sign(p - q)   2: sum of |p - q|
+CROSS_ROWS = 3
+
+
+class Coef(IntEnum):
+    """Rows of a side's coefficients ``[len(Coef), R]`` in the gradient of a pair.
+
+    dL/dz = ONEHOT·onehot - P·p - ENTROPY·p·(log p + H) + DIVERGENCE·g. For the first side (p) and the second (q) g is
+
+        kl     p·(log p - log q - OFFSET)                q - p
+        alpha  (OFFSET·p - r)/(1 - weight)               (OFFSET·q - r)/weight
+        js     weight·p·(log(p/m) - OFFSET)              (1 - weight)·q·(log(q/m) - OFFSET)
+        tv     p·(sign(p - q) - OFFSET)/2                q·(OFFSET - sign(p - q))/2
+    """
+
+    ONEHOT = 0
+    P = 1
+    ENTROPY = 2
+    DIVERGENCE = 3
+    H = 4
+    OFFSET = 5
