@@ -3,10 +3,12 @@
 Importing this package needs torch alone; triton and transformers are imported when something asks for them.
 """
 
-from prefcore._types import LinearLoss, Tile, TokenStats
+from prefcore._types import LinearLoss, PairStats, Tile, TokenStats
 from prefcore.ops._plan import Plan, plan
 from prefcore.ops.aggregate import aggregate
+from prefcore.ops.divergence import divergence
 from prefcore.ops.gather_rows import RowInverse, gather_rows, invert_rows
+from prefcore.ops.linear_divergence import linear_divergence
 from prefcore.ops.linear_logprobs import linear_logprobs
 from prefcore.ops.linear_loss import linear_loss
 from prefcore.ops.logprobs import logprobs
@@ -16,13 +18,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LinearLoss",
+    "PairStats",
     "Plan",
     "RowInverse",
     "Tile",
     "TokenStats",
     "aggregate",
+    "divergence",
     "gather_rows",
     "invert_rows",
+    "linear_divergence",
     "linear_logprobs",
     "linear_loss",
     "logprobs",

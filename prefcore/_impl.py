@@ -20,6 +20,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Impl]] = {
     "linear_logprobs": {"cpu": "cpu", "cuda": "triton"},
     "linear_loss": {"cpu": "cpu", "cuda": "triton"},
     "logprobs": {"cpu": "cpu", "cuda": "triton"},
+    "linear_divergence": {"cpu": "cpu", "cuda": "triton"},
+    "divergence": {"cpu": "cpu", "cuda": "triton"},
     "sequence_reduce": {"cpu": "cpu", "cuda": "cuda"},
     "aggregate": {"cpu": "cpu", "cuda": "cuda"},
     "gather_rows": {"cpu": "cpu", "cuda": "cuda"},

@@ -23,6 +23,23 @@ class TokenStats(NamedTuple):
     log_sum_sq_probs: Tensor | None = None  #: log of the sum of squared probabilities; not differentiable
 
 
+DIVERGENCES = ("kl_pq", "kl_qp", "js", "alpha", "tv")
+PAIR_OUTPUTS = ("entropy", "other_entropy")
+
+
+class PairStats(NamedTuple):
+    """Of the two distributions p and q that each row predicts, shaped like the rows; None where not requested.
+
+    Tensors are float32 (float64 for float64 inputs) and differentiable; zeros where the target is ``ignore_index``.
+    """
+
+    divergence: Tensor  #: of the kind that was asked for, in nats where it has a unit
+    logps: Tensor | None = None  #: log-probability of the target under p, where targets are given
+    other_logps: Tensor | None = None  #: the same under q
+    entropy: Tensor | None = None  #: of p, in nats
+    other_entropy: Tensor | None = None  #: of q, in nats
+
+
 class Tile(NamedTuple):
     """The part of a batch that one call of ``linear_loss``'s closure sees: whole groups, one after another.
 

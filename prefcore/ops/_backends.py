@@ -15,17 +15,33 @@ def _cpu() -> ModuleType:
     return _rows_cpu
 
 
+def _cpu_pairs() -> ModuleType:
+    from prefcore.ops import _pair_rows_cpu
+
+    return _pair_rows_cpu
+
+
 def _triton() -> ModuleType:
     from prefcore.kernels import logprobs
 
     return logprobs
 
 
+def _triton_pairs() -> ModuleType:
+    from prefcore.kernels import divergence
+
+    return divergence
+
+
 class Backend(NamedTuple):
-    """Four functions, ``stats``, ``weigh``, ``grad`` and ``stats_grad``, over one tile of logits."""
+    """The row kernels over tiles of logits."""
 
-    load: Callable[[], ModuleType]
-    key: str  # dispatch key of the tensors it takes
+    load: Callable[[], ModuleType]  # of one distribution: ``stats``, ``weigh``, ``grad`` and ``stats_grad``
+    load_pairs: Callable[[], ModuleType]  # of two: ``stats``, ``sums`` and ``grad``
+    key: str  # dispatch key of the tensors they take
 
 
-BACKENDS = {"cpu": Backend(_cpu, "CPU"), "triton": Backend(_triton, "CPU" if interpreting() else "CUDA")}
+BACKENDS = {
+    "cpu": Backend(_cpu, _cpu_pairs, "CPU"),
+    "triton": Backend(_triton, _triton_pairs, "CPU" if interpreting() else "CUDA"),
+}

@@ -21,12 +21,15 @@ from prefcore.ops._checks import check_type
 
 Schedule = Literal["auto", "forward", "frozen", "retain", "recompute"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
+PAIR_SCHEDULES = ("auto", "forward", "retain", "recompute")  # of linear_divergence
 
 # Width of a vocabulary slice. Wide slices keep the traffic of the float32 accumulators [T, D] small beside the GEMMs.
 # On a CPU narrower slices than these were slower in every schedule, and wider ones no faster.
 _COLS = {"cpu": 8192, "cuda": 32768}
 # No budget makes tiles smaller than this: below it a GEMM wastes more than the memory is worth.
 _MIN_ROWS, _MIN_COLS = 128, 1024
+# Rows in a tile of the whole vocabulary, below which two sweeps in slices are cheaper: each tile reads the weight anew.
+_MIN_WHOLE_ROWS = 256
 _UNBOUNDED = 1 << 62
 
 
@@ -56,6 +59,7 @@ class Limits(NamedTuple):
     tile_rows: int
     tile_cols: int
     retained_rows: int
+    whole_rows: int  #: rows of a tile of all V columns
 
 
 @functools.cache
@@ -98,9 +102,11 @@ def types(device: torch.device, dtype: torch.dtype, logits_dtype: torch.dtype | 
     return Types(torch.float32, torch.float32, None if logits_dtype == torch.float32 else dtype)
 
 
-def limits(V: int, kinds: Types, raw: bool, device: torch.device, schedule: str, memory_budget: int | None) -> Limits:
-    """Tile sizes, and the number of rows that may be retained."""
-    itemsize = max(kinds.kept(raw).itemsize, kinds.tile.itemsize)
+def limits(
+    V: int, kinds: Types, raw: bool, device: torch.device, schedule: str, memory_budget: int | None, sides: int = 1
+) -> Limits:
+    """Tile sizes, and the number of rows that may be retained, where ``sides`` tiles are held at once."""
+    itemsize = max(kinds.kept(raw).itemsize, kinds.tile.itemsize) * sides
     budget = default_budget(device) if memory_budget is None else memory_budget
     tile_bytes = budget // 8
     target = _COLS.get(device.type, _COLS["cuda"])
@@ -119,7 +125,12 @@ def limits(V: int, kinds: Types, raw: bool, device: torch.device, schedule: str,
         retained = max(0, budget - max(tile_bytes, rows * cols * itemsize)) // (V * itemsize)
     else:
         retained = 0
-    return Limits(rows, cols, retained)
+    return Limits(rows, cols, retained, tile_bytes // (V * itemsize))
+
+
+def in_whole_rows(bounds: Limits, rows: int) -> bool:
+    """Whether rows that are read twice stay in tiles of whole rows between: a tile narrower than these wastes GEMMs."""
+    return bounds.whole_rows >= min(rows, _MIN_WHOLE_ROWS)
 
 
 def loop_rows(bounds: Limits) -> int:
@@ -176,10 +187,21 @@ def choose(schedule: str, hidden_grad: bool, weight_grad: bool) -> str:
             "schedule='frozen' needs a weight and a bias without gradient, got one with requires_grad=True; "
             "detach them or use schedule='auto'"
         )
-    if schedule == "forward":
-        raise ValueError("schedule='forward' computes no gradient, but an input has requires_grad=True; use 'auto'")
     if schedule == "auto" and not weight_grad:
         return "frozen"
+    return choose_pair(schedule, True)
+
+
+def choose_pair(schedule: str, grad: bool) -> str:
+    """The schedule of ``linear_divergence``: ``auto`` stays for logits kept as far as they fit.
+
+    Raises:
+        ValueError: ``forward`` while an input needs a gradient.
+    """
+    if not grad:
+        return "forward"
+    if schedule == "forward":
+        raise ValueError("schedule='forward' computes no gradient, but an input has requires_grad=True; use 'auto'")
     return schedule
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -53,7 +53,7 @@ class Saved(NamedTuple):
     mean_weight: Tensor  # [T, D]: sum over v of p_v·dz_v/dx_v·W[v], the part of ∂logps/∂hidden that frozen saves
 
 
-class _Operands:
+class Operands:
     """The inputs of one call as the GEMMs take them, rows that nobody scores left out where that costs no wait."""
 
     def __init__(
@@ -64,6 +64,7 @@ class _Operands:
         self.accumulate = accumulator_dtype(hidden.dtype)
         self.spec = settings.spec(weight.shape[0], self.types.round_to)
         self.keep: Tensor | None = None
+        self.chosen: Tensor | None = None  # indices, among the rows kept, of those that select() left
         if hidden.device.type == "cpu":
             keep = (targets != settings.ignore_index).nonzero()[:, 0]
             if keep.shape[0] < targets.shape[0]:
@@ -84,6 +85,21 @@ class _Operands:
             return picked
         return picked.new_zeros(total, *picked.shape[1:]).index_copy_(0, self.keep, picked)
 
+    def select(self, chosen: Tensor) -> None:
+        """Leave out all rows but ``chosen``."""
+        self.chosen = chosen
+        self.hidden, self.targets = self.hidden.index_select(0, chosen), self.targets.index_select(0, chosen)
+        if self.temperature is not None:
+            self.temperature = self.temperature.index_select(0, chosen)
+        self.rows = chosen.shape[0]
+
+    def restore_gradient(self, picked: Tensor, total: int) -> Tensor:
+        """The inverse of :meth:`pick` and :meth:`select`, zeros elsewhere."""
+        if self.chosen is None:
+            return self.restore(picked, total)
+        rows = self.chosen if self.keep is None else self.keep.index_select(0, self.chosen)
+        return picked.new_zeros(total, *picked.shape[1:]).index_copy_(0, rows, picked)
+
     def weight_slice(self, cols: slice) -> Tensor:
         return self.weight[cols].to(self.types.operand)
 
@@ -100,7 +116,7 @@ class _Operands:
         return self.spec.logit_scale / self.temperature
 
 
-def _spans(start: int, stop: int, step: int) -> Iterator[slice]:
+def spans(start: int, stop: int, step: int) -> Iterator[slice]:
     for low in range(start, stop, step):
         yield slice(low, min(low + step, stop))
 
@@ -132,10 +148,11 @@ def forward(
     ``retained`` is room for the logits of as many leading rows as it has, where the caller brings its own.
     """
     total, V = hidden.shape[0], weight.shape[0]
-    head = _Operands(hidden, weight, targets, bias, temperature, settings)
+    head = Operands(hidden, weight, targets, bias, temperature, settings)
     bounds = limits(hidden, weight, settings)
     if retained is None:
-        retained = allocate_retained(hidden, weight, settings, min(total, bounds.retained_rows))
+        rows = min(total, bounds.retained_rows)
+        retained = allocate_retained(lambda n: retained_like(hidden, weight, settings, n), rows, settings.replan)
     state = new_state(head.rows, hidden)
     kept_rows = min(head.rows, retained.shape[0])
     if kept_rows:
@@ -157,22 +174,22 @@ def forward(
     return stats, Saved(saved, retained, mean_weight)
 
 
-def allocate_retained(hidden: Tensor, weight: Tensor, settings: HeadSettings, rows: int) -> Tensor:
+def allocate_retained(make: Callable[[int], Tensor], rows: int, replan: bool) -> Tensor:
     """Room for the logits of ``rows`` rows; of none, with a warning, where memory does not suffice for them."""
     try:
-        return advise_huge(retained_like(hidden, weight, settings, rows))
+        return advise_huge(make(rows))
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         # The CPU allocator raises a plain RuntimeError.
         scarce = isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
-        if not (scarce and settings.replan):
+        if not (scarce and replan):
             raise
         _log.warning("no memory to retain the logits of %d rows; recomputing them in the backward: %s", rows, error)
-        return retained_like(hidden, weight, settings, 0)
+        return make(0)
 
 
 def _retain(
     kernels: ModuleType,
-    head: _Operands,
+    head: Operands,
     state: Tensor,
     retained: Tensor,
     settings: HeadSettings,
@@ -183,12 +200,12 @@ def _retain(
     # Logits held wider than the GEMMs' operands pass through a scratch tile of whole rows.
     wide = retained.dtype != head.types.tile
     step = max(1, bounds.tile_rows * bounds.tile_cols // V) if wide else retained.shape[0]
-    for rows in _spans(0, retained.shape[0], step):
+    for rows in spans(0, retained.shape[0], step):
         kept = retained[rows]
         tile = empty(*kept.shape, dtype=head.types.tile, device=kept.device) if wide else kept
         # A weight that must be converted is converted slice by slice.
         width = V if head.weight.dtype == head.types.operand else bounds.tile_cols
-        for cols in _spans(0, V, width):
+        for cols in spans(0, V, width):
             mm(tile[:, cols], head.hidden[rows], head.weight_slice(cols).t())
         arguments = (*head.row_arguments(rows), head.bias, head.spec, state[:, rows])
         if settings.raw:
@@ -199,7 +216,7 @@ def _retain(
 
 def _sweep(
     kernels: ModuleType,
-    head: _Operands,
+    head: Operands,
     state: Tensor,
     mean_weight: Tensor,
     first_row: int,
@@ -212,9 +229,9 @@ def _sweep(
     weights = buffer
     if frozen and head.types.tile != head.types.operand:
         weights = empty(*shape, dtype=head.types.operand, device=state.device)
-    for cols in _spans(0, V, bounds.tile_cols):
+    for cols in spans(0, V, bounds.tile_cols):
         weight = head.weight_slice(cols)
-        for rows in _spans(first_row, head.rows, bounds.tile_rows):
+        for rows in spans(first_row, head.rows, bounds.tile_rows):
             window = slice(0, rows.stop - rows.start), slice(0, cols.stop - cols.start)
             tile = buffer[window]
             mm(tile, head.hidden[rows], weight.t())
@@ -260,7 +277,7 @@ def backward(
     settings: HeadSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias; empty where not needed."""
-    head = _Operands(hidden, weight, targets, bias, temperature, settings)
+    head = Operands(hidden, weight, targets, bias, temperature, settings)
     ignored = head.targets == settings.ignore_index
     picked = [None if g is None else head.pick(g) for g in grads]
     gradient = row_gradient(picked[0], picked[1], picked[2], ignored, head.accumulate)
@@ -277,7 +294,7 @@ def backward(
     return walk.run(hidden, limits(hidden, weight, settings))
 
 
-def _frozen_gradient(head: _Operands, row: RowGradient, state: Tensor, mean_weight: Tensor) -> Tensor:
+def _frozen_gradient(head: Operands, row: RowGradient, state: Tensor, mean_weight: Tensor) -> Tensor:
     """a·dz_y/dx·W[y] - b·mean_weight, a row of which depends on the upstream gradient through two numbers."""
     z = state[Row.TARGET]
     slope = head.slope()
@@ -295,7 +312,7 @@ class _BackwardWalk:
     """Slices of the vocabulary outside, rows inside: a slice of dL/dW is summed up and written once."""
 
     def __init__(
-        self, kernels: ModuleType, head: _Operands, gradient: RowGradient, state: Tensor, entropy: Tensor | None,
+        self, kernels: ModuleType, head: Operands, gradient: RowGradient, state: Tensor, entropy: Tensor | None,
         retained: Tensor, needs: Needs, settings: HeadSettings, into: Into,
     ) -> None:  # fmt: skip
         self.kernels, self.head, self.state, self.entropy = kernels, head, state, entropy
@@ -303,77 +320,42 @@ class _BackwardWalk:
         self.scale, self.coef = gradient.folded()
         self.retained, self.needs, self.settings = retained, needs, settings
         self.kept_rows = min(head.rows, retained.shape[0])
-        self.chosen: Tensor | None = None  # indices of the rows walked; None for all
 
     def drop_zero_rows(self) -> None:
         """Leave out rows whose gradient is zero, where enough are to pay for gathering the rest."""
-        chosen = self.scale.nonzero()[:, 0]
-        if chosen.shape[0] > 0.875 * self.head.rows:
+        chosen = rows_worth_gathering(self.scale)
+        if chosen is None:
             return
-        head = self.head
-        self.chosen = chosen
-        head.hidden, head.targets = head.hidden.index_select(0, chosen), head.targets.index_select(0, chosen)
-        if head.temperature is not None:
-            head.temperature = head.temperature.index_select(0, chosen)
+        everything = self.kept_rows == self.head.rows
+        self.kept_rows = chosen.shape[0] if everything else int((chosen < self.kept_rows).sum())
+        self.head.select(chosen)
         self.scale = self.scale.index_select(0, chosen)
         if self.coef is not None:
             self.coef = self.coef.index_select(1, chosen)
         self.state = self.state.index_select(1, chosen)
         if self.entropy is not None:
             self.entropy = self.entropy.index_select(0, chosen)
-        if self.kept_rows < head.rows:
-            self.kept_rows = int((chosen < self.kept_rows).sum())
-        else:
-            self.kept_rows = chosen.shape[0]
-        head.rows = chosen.shape[0]
 
     def run(self, hidden: Tensor, bounds: _plan.Limits) -> tuple[Tensor, Tensor, Tensor]:
         head, needs, V = self.head, self.needs, self.head.weight.shape[0]
         # Retained onehot - p enters the GEMMs as it lies. Where that serves every row, one slice is the vocabulary.
-        direct = self.chosen is None and not self.settings.raw
+        direct = head.chosen is None and not self.settings.raw
         whole = direct and self.kept_rows == head.rows and head.weight.dtype == head.types.operand
         # Nor where a slice of dL/dW needs room of its own.
         whole = whole and not (_scaled_apart(head, self.into) or _converts(head, self.into))
         width = V if whole else min(V, bounds.tile_cols)
-        chunks = list(_spans(0, self.kept_rows, max(1, self.kept_rows) if direct else bounds.tile_rows))
+        chunks = list(spans(0, self.kept_rows, max(1, self.kept_rows) if direct else bounds.tile_rows))
         tiled = [] if direct else list(chunks)
-        for rows in _spans(self.kept_rows, head.rows, bounds.tile_rows):
+        for rows in spans(self.kept_rows, head.rows, bounds.tile_rows):
             chunks.append(rows)
             tiled.append(rows)
         scratch = self._scratch(max((rows.stop - rows.start for rows in tiled), default=0), width)
-        d_hidden = self._zeros(head.rows if needs.hidden else 0, hidden.shape[1])
-        d_bias = self._zeros(V if needs.bias else 0)
-        bias_unit = _power_of_two(self.scale) if needs.bias and _scaled_apart(head, self.into) else None
-        bias_side = (self.scale if bias_unit is None else self.scale / bias_unit).to(head.types.operand)
-        d_weight = _WeightGradient(head, self.scale, needs.weight, len(chunks), self.into)
-
-        for cols in _spans(0, V, width):
+        gradients = HeadGradients(head, self.scale, needs, len(chunks), self.into)
+        for cols in spans(0, V, width):
             weight = head.weight_slice(cols)
             for rows in chunks:
-                tile = self._gradient_tile(rows, cols, weight, scratch, direct)
-                if needs.hidden:
-                    (addmm if cols.start else mm)(d_hidden[rows], tile, weight)
-                if needs.weight:
-                    d_weight.add(rows, cols, tile)
-                if needs.bias:
-                    addmm(d_bias[None, cols], bias_side[None, rows], tile)
-        dtype = head.accumulate if self.into.wide else hidden.dtype
-        d_hidden = self._restore(d_hidden, hidden.shape[0], dtype) if needs.hidden else d_hidden.to(dtype)
-        if bias_unit is not None:
-            d_bias.mul_(bias_unit)
-        return d_hidden, d_weight.result, d_bias.to(dtype)
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.head.accumulate, device=self.state.device)
-
-    def _restore(self, d_hidden: Tensor, total: int, dtype: torch.dtype) -> Tensor:
-        d_hidden = d_hidden.mul_(self.scale[:, None]).to(dtype)
-        rows = self.chosen
-        if rows is None:
-            return self.head.restore(d_hidden, total)
-        if self.head.keep is not None:
-            rows = self.head.keep.index_select(0, rows)
-        return d_hidden.new_zeros(total, d_hidden.shape[1]).index_copy_(0, rows, d_hidden)
+                gradients.add(rows, cols, self._gradient_tile(rows, cols, weight, scratch, direct), weight)
+        return gradients.finish(hidden)
 
     def _scratch(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
         """Room for one tile of logits and, where it has another type, one of their gradient."""
@@ -392,8 +374,8 @@ class _BackwardWalk:
         tile, out = (buffer[: rows.stop - rows.start, : cols.stop - cols.start] for buffer in scratch)
         if kept:
             logits = self.retained[rows, cols]
-            if self.chosen is not None:
-                logits = self.retained[:, cols].index_select(0, self.chosen[rows])
+            if head.chosen is not None:
+                logits = self.retained[:, cols].index_select(0, head.chosen[rows])
             if not self.settings.raw:
                 return logits
         else:
@@ -413,20 +395,61 @@ class _BackwardWalk:
         return out
 
 
-def _scaled_apart(head: _Operands, into: Into) -> bool:
+def _scaled_apart(head: Operands, into: Into) -> bool:
     """Whether a gradient that nobody has scaled up yet goes through operands of a narrow range."""
     return into.wide and head.types.operand == torch.float16
 
 
-def _converts(head: _Operands, into: Into) -> bool:
+def _converts(head: Operands, into: Into) -> bool:
     """Whether GEMMs convert their operands, as a CPU's do where the result is wider, so that large ones cost memory."""
     return into.wide and head.types.operand != head.accumulate and head.hidden.device.type == "cpu"
+
+
+def rows_worth_gathering(scale: Tensor) -> Tensor | None:
+    """Indices of the rows that have a gradient, if they are few enough to pay for it; reads a count back."""
+    chosen = scale.nonzero()[:, 0]
+    return None if chosen.shape[0] > 0.875 * scale.shape[0] else chosen
+
+
+class HeadGradients:
+    """Gradients of hidden states, weight and bias, summed up from tiles of the logits' gradient over ``scale``."""
+
+    def __init__(self, head: Operands, scale: Tensor, needs: Needs, chunks: int, into: Into) -> None:
+        V, D = head.weight.shape
+        self.head, self.scale, self.needs, self.into = head, scale, needs, into
+        self.d_hidden = self._zeros(head.rows if needs.hidden else 0, D)
+        self.d_bias = self._zeros(V if needs.bias else 0)
+        self.bias_unit = _power_of_two(scale) if needs.bias and _scaled_apart(head, into) else None
+        self.bias_side = (scale if self.bias_unit is None else scale / self.bias_unit).to(head.types.operand)
+        self.d_weight = _WeightGradient(head, scale, needs.weight, chunks, into)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.head.accumulate, device=self.scale.device)
+
+    def add(self, rows: slice, cols: slice, tile: Tensor, weight: Tensor) -> None:
+        """Chunks of rows come in ascending order within each slice of the vocabulary."""
+        if self.needs.hidden:
+            (addmm if cols.start else mm)(self.d_hidden[rows], tile, weight)
+        if self.needs.weight:
+            self.d_weight.add(rows, cols, tile)
+        if self.needs.bias:
+            addmm(self.d_bias[None, cols], self.bias_side[None, rows], tile)
+
+    def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of hidden states shaped like ``hidden``, weight and bias; empty where not needed."""
+        dtype = self.head.accumulate if self.into.wide else hidden.dtype
+        d_hidden = self.d_hidden
+        if self.needs.hidden:
+            d_hidden = self.head.restore_gradient(d_hidden.mul_(self.scale[:, None]).to(dtype), hidden.shape[0])
+        if self.bias_unit is not None:
+            self.d_bias.mul_(self.bias_unit)
+        return d_hidden.to(dtype), self.d_weight.result, self.d_bias.to(dtype)
 
 
 class _WeightGradient:
     """dL/dW slice by slice; a slice to which several chunks of rows contribute is summed in the accumulator's type."""
 
-    def __init__(self, head: _Operands, scale: Tensor, needed: bool, chunks: int, into: Into) -> None:
+    def __init__(self, head: Operands, scale: Tensor, needed: bool, chunks: int, into: Into) -> None:
         self.head, self.add_to = head, into.weight is not None and into.add
         self.slice_sum: Tensor | None = None
         self.unit: Tensor | None = None

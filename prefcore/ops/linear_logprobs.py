@@ -111,7 +111,7 @@ class _Operators(NamedTuple):
 
 
 def _register(impl: str) -> _Operators:
-    load, key = BACKENDS[impl]
+    load, _, key = BACKENDS[impl]
     launch, schema = _Launchers(load), HeadSettings.SCHEMA
     forward_outputs = ", ".join(["Tensor"] * (len(Stats._fields) + len(Saved._fields)))
     return _Operators(

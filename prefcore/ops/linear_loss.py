@@ -383,7 +383,11 @@ class _Tiles:
         rows = [offsets[last] - offsets[first] for first, last in self.tiles]
         held = [min(n, bounds.retained_rows) for n in rows if self._keeps(n, bounds.retained_rows)]
         # One buffer for the logits of every tile.
-        self.retained = _walk.allocate_retained(head.hidden, head.weight, head.settings, max(held, default=0))
+        self.retained = _walk.allocate_retained(
+            lambda rows: _walk.retained_like(head.hidden, head.weight, head.settings, rows),
+            max(held, default=0),
+            head.settings.replan,
+        )
         acc = accumulator_dtype(head.hidden.dtype)
         T, D = head.hidden.shape
         V, device = head.weight.shape[0], head.hidden.device

@@ -31,18 +31,21 @@ _GRADS = "Tensor? g_logps, Tensor? g_entropy, Tensor? g_logsumexp"
 _SAVED = "Tensor targets, Tensor? temperature, Tensor entropy, Tensor state"
 
 
-def _matrices(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Views ``[R, V]`` that are all rows in order: ``logits[:, :-1]`` is not one matrix, and need not be copied."""
+def matrices(*logits: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Rows, and views ``[R, V]`` of them: ``logits[:, :-1]`` is not one matrix, and need not be copied.
+
+    Of several tensors of one shape, views of the same rows at a time.
+    """
     pending, start = [logits], 0
     while pending:
-        part = pending.pop()
+        parts = pending.pop()
         try:
-            rows = part.view(-1, part.shape[-1])
+            views = [part.view(-1, part.shape[-1]) for part in parts]
         except RuntimeError:
-            pending.extend(reversed(part.unbind(0)))
+            pending.extend(reversed(list(zip(*(part.unbind(0) for part in parts), strict=True))))
             continue
-        yield slice(start, start + rows.shape[0]), rows
-        start += rows.shape[0]
+        yield slice(start, start + views[0].shape[0]), views
+        start += views[0].shape[0]
 
 
 def _forward_fake(logits: Tensor, targets: Tensor, temperature: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -70,7 +73,7 @@ class _Launchers:
         settings, vocab = StatsSettings(*rest), logits.shape[-1]
         check_targets(targets, vocab, settings.ignore_index, temperature)
         state = new_state(targets.shape[0], logits)
-        for rows, tile in _matrices(logits):
+        for rows, (tile,) in matrices(logits):
             own = None if temperature is None else temperature[rows]
             self.load().stats(tile, 0, targets[rows], own, None, settings.spec(vocab), state[:, rows])
         return *finish(state, targets, settings, vocab), state[:3].clone()
@@ -85,7 +88,7 @@ class _Launchers:
     ) -> Tensor:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
         matrix = out.view(-1, logits.shape[-1])
-        parts = ((rows, tile, matrix[rows]) for rows, tile in _matrices(logits))
+        parts = ((rows, tile, matrix[rows]) for rows, (tile,) in matrices(logits))
         self._write((g_logps, g_entropy, g_logsumexp), parts, *rest)
         return out
 
@@ -97,7 +100,7 @@ class _Launchers:
         logits: Tensor,
         *rest: Any,
     ) -> None:
-        parts = ((rows, tile, tile) for rows, tile in _matrices(logits))
+        parts = ((rows, tile, tile) for rows, (tile,) in matrices(logits))
         self._write((g_logps, g_entropy, g_logsumexp), parts, *rest)
 
     def _write(
@@ -134,7 +137,7 @@ class _Operators(NamedTuple):
 
 
 def _register(impl: str) -> _Operators:
-    load, key = BACKENDS[impl]
+    load, _, key = BACKENDS[impl]
     launch, schema = _Launchers(load), StatsSettings.SCHEMA
     stats = ", ".join(["Tensor"] * 7)
     return _Operators(

@@ -1,10 +1,21 @@
 """The oracle of each op: the shortest readable PyTorch, in the dtype it is given, differentiable."""
 
 from prefcore.reference.aggregate import aggregate
+from prefcore.reference.divergence import divergence
 from prefcore.reference.gather_rows import gather_rows
+from prefcore.reference.linear_divergence import linear_divergence
 from prefcore.reference.linear_logprobs import linear_logprobs
 from prefcore.reference.linear_loss import linear_loss
 from prefcore.reference.logprobs import logprobs
 from prefcore.reference.sequence_reduce import sequence_reduce
 
-__all__ = ["aggregate", "gather_rows", "linear_logprobs", "linear_loss", "logprobs", "sequence_reduce"]
+__all__ = [
+    "aggregate",
+    "divergence",
+    "gather_rows",
+    "linear_divergence",
+    "linear_logprobs",
+    "linear_loss",
+    "logprobs",
+    "sequence_reduce",
+]

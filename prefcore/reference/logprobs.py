@@ -22,11 +22,8 @@ def logprobs(
 ) -> TokenStats:
     """Token statistics of materialised logits, in the logits' dtype (float32 below that)."""
     keep = targets != ignore_index
-    z = logits if logits.dtype.itemsize >= 4 else logits.float()
-    z = z.where(keep[..., None], 0) * logit_scale  # an ignored row may hold anything
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    z = z / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
+    # An ignored row may hold anything.
+    z = transform(logits.where(keep[..., None], 0), temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     log_p = z.log_softmax(-1)
     p = log_p.exp()
     index = targets.where(keep, 0)
@@ -39,3 +36,11 @@ def logprobs(
         "log_sum_sq_probs": p.square().sum(-1).log().detach(),
     }
     return TokenStats(**{k: v.where(keep, 0) for k, v in stats.items() if k == "logps" or k in outputs})
+
+
+def transform(logits: Tensor, *, temperature: float | Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """z = softcap(logit_scale·logits)/temperature, in float32 at the least."""
+    z = (logits if logits.dtype.itemsize >= 4 else logits.float()) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
