@@ -35,14 +35,14 @@ def check_logit_options(
     return names
 
 
-def check_outputs(outputs: Sequence[str]) -> frozenset[str]:
+def check_outputs(outputs: Sequence[str], allowed: tuple[str, ...] = OUTPUTS) -> frozenset[str]:
     """Refuse what does not name outputs; return the names."""
     if not isinstance(outputs, list | tuple | set | frozenset):
         raise TypeError(f"outputs must be a sequence of names, got {type(outputs).__name__} {outputs!r}")
     for name in outputs:
         check_type("each of outputs", name, str)
-        if name not in OUTPUTS:
-            raise ValueError(f"outputs may name {OUTPUTS}, got {name!r}")
+        if name not in allowed:
+            raise ValueError(f"outputs may name {allowed}, got {name!r}")
     return frozenset(outputs)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from prefcore._types import DIVERGENCES, PAIR_OUTPUTS, PairStats
-from prefcore.ops._arguments import check_logit_options, row_temperature
+from prefcore.ops._arguments import check_logit_options, check_outputs, row_temperature
 from prefcore.ops._checks import check_number, check_type
 
 Kind = Literal["kl_pq", "kl_qp", "js", "alpha", "tv"]
@@ -58,12 +58,7 @@ def check_sides(
     ignore_index: int, outputs: Sequence[str],
 ) -> tuple[SideOptions, SideOptions, frozenset[str]]:  # fmt: skip
     """The options of both sides, and the names of the wanted outputs; ``rows`` has a per-row temperature's shape."""
-    if not isinstance(outputs, list | tuple | set | frozenset):
-        raise TypeError(f"outputs must be a sequence of names, got {type(outputs).__name__} {outputs!r}")
-    for name in outputs:
-        check_type("each of outputs", name, str)
-        if name not in PAIR_OUTPUTS:
-            raise ValueError(f"outputs may name {PAIR_OUTPUTS}, got {name!r}")
+    names = check_outputs(outputs, PAIR_OUTPUTS)
 
     def side(prefix: str, temperature: Any, softcap: Any, logit_scale: Any) -> SideOptions:
         try:
@@ -82,7 +77,7 @@ def check_sides(
         own(other_softcap, softcap),
         own(other_logit_scale, logit_scale),
     )
-    return first, other, frozenset(outputs)
+    return first, other, names
 
 
 def pair_settings(

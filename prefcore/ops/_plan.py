@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from prefcore._types import PAIR_OUTPUTS
 from prefcore.ops._arguments import (
     check_float,
     check_logits_dtype,
@@ -18,6 +19,8 @@ from prefcore.ops._arguments import (
     check_outputs,
 )
 from prefcore.ops._checks import check_type
+from prefcore.ops._pair_arguments import Kind, check_kind
+from prefcore.ops._spec import PairSpec
 
 Schedule = Literal["auto", "forward", "frozen", "retain", "recompute"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
@@ -43,10 +46,11 @@ class Tiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call of ``linear_logprobs`` or ``linear_loss`` does, forward and backward together."""
+    """What a call of ``linear_logprobs``, ``linear_loss`` or ``linear_divergence`` does, forward and backward."""
 
     schedule: str  #: ``forward``, ``frozen``, ``retain``, ``mixed``, ``recompute`` or ``loop``
     tiles: Tiles
+    sweeps: int  #: how often a row's logits are computed, of the rows for which that is most often
     flops: int  #: of the GEMMs
     bytes: int  #: estimated memory traffic, each operand of a GEMM or row pass counted once per use
     peak_bytes: int  #: most memory held beside the caller's tensors and the gradients returned
@@ -219,8 +223,12 @@ def plan(
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
     groups: Sequence[int] | None = None,
+    divergence: Kind | None = None,
+    other_D: int | None = None,
+    other_hidden_requires_grad: bool = False,
+    other_weight_requires_grad: bool = False,
 ) -> Plan:
-    """What ``linear_logprobs``, or ``linear_loss``, will do for these shapes, without doing it.
+    """What ``linear_logprobs``, ``linear_loss`` or ``linear_divergence`` will do for these shapes, without doing it.
 
     A pure function of its arguments when ``memory_budget`` is given; without it the budget is 1/16 of the total
     memory of ``device``, which must then be present.
@@ -236,6 +244,9 @@ def plan(
         memory_budget: bytes of logits held at once.
         logits_dtype: as in ``linear_logprobs``.
         groups: for ``loop``, the number of rows of each group; by default each row is one.
+        divergence: the kind, for a call of ``linear_divergence``; ``outputs`` are then those of that.
+        other_D: hidden size of the other side of a divergence; by default ``D``.
+        other_hidden_requires_grad, other_weight_requires_grad: of the other side of a divergence.
 
     Returns:
         A :class:`Plan`.
@@ -254,6 +265,14 @@ def plan(
     check_float("dtype", dtype)
     check_logits_dtype(dtype, logits_dtype)
     check_memory_budget(memory_budget)
+    if divergence is not None:
+        return _plan_pair(
+            T, D, V, dtype, _device(device, memory_budget), hidden_requires_grad, weight_requires_grad, outputs,
+            schedule, memory_budget, logits_dtype, groups, divergence, other_D, other_hidden_requires_grad,
+            other_weight_requires_grad,
+        )  # fmt: skip
+    if other_D is not None or other_hidden_requires_grad or other_weight_requires_grad:
+        raise ValueError("other_D and the other side's gradients belong to a divergence; name its kind")
     check_schedule(schedule, (*SCHEDULES, "loop"))
     names = check_outputs(outputs)
     offsets = _group_offsets(T, schedule, groups)
@@ -291,17 +310,80 @@ def plan(
         traffic = gemm * (1 + grads) + (walked * D * slices + V * D) * size + 3 * tile_pass
         scratch = rows * cols * tile_size if walked or raw else 0
         peak = retained * V * kept_size + scratch + 2 * accumulator
-        name = "retain" if walked == 0 else "recompute" if retained == 0 else "mixed"
+        name, reason = _retention(
+            schedule, T, retained, default_budget(device) if memory_budget is None else memory_budget
+        )
+    sweeps = 1 + (name in ("mixed", "recompute"))
+    return Plan(name, Tiles(rows, cols, retained), sweeps, flops, traffic, peak, reason)
+
+
+def _retention(schedule: str, T: int, retained: int, budget: int) -> tuple[str, str]:
+    """The name of a schedule that retains the logits of so many rows, and the reason for it."""
+    name = "retain" if retained == T else "recompute" if retained == 0 else "mixed"
+    if schedule == name:
+        return name, f"schedule={name!r} was asked for"
+    if name == "retain":
+        return name, f"the logits of all {T} rows fit 7/8 of the budget of {budget:,} bytes"
+    if name == "recompute":
+        return name, f"7/8 of the budget of {budget:,} bytes hold the logits of no row"
+    return name, f"{retained} of {T} rows' logits fit 7/8 of the budget of {budget:,} bytes; the rest is recomputed"
+
+
+def _plan_pair(
+    T: int, D: int, V: int, dtype: torch.dtype, device: torch.device, hidden_grad: bool, weight_grad: bool,
+    outputs: tuple[str, ...], schedule: str, memory_budget: int | None, logits_dtype: torch.dtype | None,
+    groups: Sequence[int] | None, divergence: str, other_D: int | None, other_hidden_grad: bool,
+    other_weight_grad: bool,
+) -> Plan:  # fmt: skip
+    check_outputs(outputs, PAIR_OUTPUTS)
+    two_phases = PairSpec(check_kind(divergence, None, None).kind).needs_totals  # type: ignore[arg-type]
+    check_schedule(schedule, PAIR_SCHEDULES)
+    if groups is not None:
+        raise ValueError("groups is for schedule='loop', which linear_divergence does not have")
+    if other_D is not None and (type(other_D) is not int or other_D < 1):
+        raise ValueError(f"other_D must be a positive int or None, got {other_D!r}")
+    widths = (D, D if other_D is None else other_D)
+    grads = (hidden_grad, weight_grad), (other_hidden_grad, other_weight_grad)
+    chosen = choose_pair(schedule, any(grads[0]) or any(grads[1]))
+    kinds = types(device, dtype, logits_dtype)
+    bounds = limits(V, kinds, True, device, chosen, memory_budget, sides=2)
+    retained = min(T, bounds.retained_rows) if chosen in ("auto", "retain") else 0
+    walked = T - retained
+
+    again = two_phases and walked > 0 and not in_whole_rows(bounds, walked)
+    in_slices = not two_phases or again
+    rows = min(walked, bounds.tile_rows if in_slices else bounds.whole_rows)
+    cols = min(V, bounds.tile_cols) if in_slices else V
+    backward = chosen != "forward"
+    products = sum(width * sum(own) for width, own in zip(widths, grads, strict=True))  # of gradients, per row and V
+    forward_rows = retained + walked * (1 + again)
+    backward_rows = walked if backward else 0
+    flops = 2 * V * (sum(widths) * (forward_rows + backward_rows) + products * T)
+
+    size, tile_size = kinds.operand.itemsize, kinds.tile.itemsize
+    wide = max(4, size)
+    slices = -(-V // bounds.tile_cols)
+    sweep = (T * slices + V) * size  # of operands, per unit of width
+    sides = sum(any(own) for own in grads)
+    traffic = sum(widths) * sweep * (1 + again + bool(backward_rows)) + products * sweep
+    traffic += 2 * V * tile_size * (2 * forward_rows + 2 * backward_rows)  # written by the GEMM, read by the kernel
+    traffic += T * V * (2 * tile_size * (two_phases + backward) + 3 * sides * size)
+    accumulators = sum(T * width * wide for width, own in zip(widths, grads, strict=True) if own[0])
+    scratch = 2 * rows * cols * tile_size if walked else 0
+    if backward:
+        tile = min(T, bounds.tile_rows) * min(V, bounds.tile_cols)
+        apart = sides * size if retained or size != tile_size else 0
+        scratch = max(scratch, tile * ((2 * tile_size if walked else 0) + apart))
+    peak = 2 * retained * V * tile_size + scratch + 2 * accumulators
+    if not backward:
+        name, reason = "forward", "no gradient is wanted"
+    else:
         budget = default_budget(device) if memory_budget is None else memory_budget
-        if schedule == name:
-            reason = f"schedule={name!r} was asked for"
-        elif name == "retain":
-            reason = f"the logits of all {T} rows fit 7/8 of the budget of {budget:,} bytes"
-        elif name == "recompute":
-            reason = f"7/8 of the budget of {budget:,} bytes hold the logits of no row"
-        else:
-            reason = f"{retained} of {T} rows' logits fit 7/8 of the budget of {budget:,} bytes; the rest is recomputed"
-    return Plan(name, Tiles(rows, cols, retained), flops, traffic, peak, reason)
+        name, reason = _retention(schedule, T, retained, budget)
+    if again:
+        reason += f"; {divergence} needs two sweeps, since a tile does not hold {_MIN_WHOLE_ROWS} whole rows of both"
+    sweeps = 1 + again + (backward_rows > 0)
+    return Plan(name, Tiles(rows or min(T, bounds.tile_rows), cols, retained), sweeps, flops, traffic, peak, reason)
 
 
 def _group_offsets(T: int, schedule: str, groups: Sequence[int] | None) -> Sequence[int]:
@@ -349,5 +431,11 @@ def _plan_loop(
     if larger:
         reason += f"; {len(larger)} of them exceed the {bounds.retained_rows} rows that fit the budget"
     return Plan(
-        "loop", Tiles(most, V if keeps and not larger else bounds.tile_cols, held), flops, traffic, peak, reason
+        "loop",
+        Tiles(most, V if keeps and not larger else bounds.tile_cols, held),
+        1 + bool(again),
+        flops,
+        traffic,
+        peak,
+        reason,
     )
