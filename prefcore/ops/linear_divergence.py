@@ -332,9 +332,18 @@ def linear_divergence(
             other_temperature=temperature if other_temperature == "same" else other_temperature,
             other_softcap=other.softcap, other_logit_scale=other.logit_scale,
         )  # fmt: skip
+    # Dynamo does not trace a function that gets one tensor twice, such as a head that both sides share.
+    apart = [
+        y.view_as(y) if y is not None and y is x else y
+        for x, y in zip(
+            (hidden, weight, bias, first.temperatures),
+            (other_hidden, other_weight, other_bias, other.temperatures),
+            strict=True,
+        )
+    ]
     sides = [
         (hidden.reshape(-1, hidden.shape[-1]), weight, bias, first.temperatures),
-        (other_hidden.reshape(-1, other_hidden.shape[-1]), other_weight, other_bias, other.temperatures),
+        (apart[0].reshape(-1, apart[0].shape[-1]), *apart[1:]),
     ]
     options, outs = [first, other], (weight_grad_out, other_weight_grad_out)
     if divergence.exchanged:
