@@ -11,13 +11,6 @@ namespace py = pybind11;
 namespace prefcore {
 namespace {
 
-using Address = std::uintptr_t;
-
-template <typename T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
 Gather make_gather(Address x, std::int64_t stride, std::int64_t rows, Address index, std::int64_t places,
                    std::int64_t bytes, Address out) {
   return {pointer<>(x), stride, rows, pointer<const std::int32_t>(index), places, bytes, pointer<>(out)};
@@ -43,14 +36,14 @@ void bind_gather_rows(py::module_& m) {
 #ifdef PREFCORE_CUDA
   m.def(
       "gather_rows_forward_cuda",
-      [](const Gather& gather, int device, prefcore::Address stream) {
-        prefcore::cuda::gather_rows_forward(gather, device, prefcore::pointer<>(stream));
+      [](const Gather& gather, int device, Address stream) {
+        prefcore::cuda::gather_rows_forward(gather, device, pointer<>(stream));
       },
       no_gil);
   m.def(
       "gather_rows_backward_cuda",
-      [](const GatherGrad& gather, int device, prefcore::Address stream) {
-        prefcore::cuda::gather_rows_backward(gather, device, prefcore::pointer<>(stream));
+      [](const GatherGrad& gather, int device, Address stream) {
+        prefcore::cuda::gather_rows_backward(gather, device, pointer<>(stream));
       },
       no_gil);
 #endif

@@ -19,13 +19,6 @@ using prefcore::cpu::RowKernels;
 
 namespace {
 
-using Address = uintptr_t;
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
 LogitRows make_rows(Address tile, int64_t tile_stride, int type, Address out, int64_t out_stride,
                     int out_type, int64_t rows, int64_t cols, int64_t col0, Address targets,
                     Address temperatures, Address bias, Address state, int64_t state_stride, int64_t vocab,
@@ -65,7 +58,7 @@ std::vector<std::string> isa_names() {
 }
 
 void run(prefcore::cpu::RowLoop RowKernels::* kernel, const LogitRows& rows, int level, int threads) {
-  if (level < 0 || level >= prefcore::cpu::isa_count()) throw py::value_error("no such instruction set here");
+  check_isa(level);
   py::gil_scoped_release release;
   prefcore::cpu::run_rows(kernel, rows, level, threads);
 }
@@ -82,6 +75,10 @@ void advise_huge(Address address, size_t bytes) {
 }
 
 }  // namespace
+
+void check_isa(int level) {
+  if (level < 0 || level >= prefcore::cpu::isa_count()) throw py::value_error("no such instruction set here");
+}
 
 void bind_logprobs(py::module_& m) {
   py::class_<LogitRows>(m, "LogitRows").def(py::init(&make_rows));

@@ -13,11 +13,6 @@ namespace py = pybind11;
 namespace prefcore {
 namespace {
 
-template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 // Calls `body` with a value of the element type that has `itemsize` bytes.
 template <typename Body>
 void with_float_type(int itemsize, const Body& body) {

@@ -10,9 +10,10 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu/logprobs.h"
+#include "core/number.h"
 
 #define PREFCORE_INLINE static inline __attribute__((always_inline))
+#define PREFCORE_MEMBER inline __attribute__((always_inline))
 
 namespace prefcore::cpu::PREFCORE_ISA {
 
@@ -28,24 +29,30 @@ struct Single {
   using Scalar = float;
   using V = Floats;
   using Bits = Words;
+  using Word = uint32_t;
   static constexpr int kFraction = 23, kBias = 127;
   static constexpr float kRounder = 0x1.8p23f;  // x + kRounder holds round(x) in its low bits
   static constexpr float kLog2e = 0x1.715476p0f;
   static constexpr float kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f;  // n * kLn2High is exact
   static constexpr float kUnderflow = -0x1.5d58ap6f;                         // log(2^-126)
+  static constexpr float kRootHalf = 0x1.6a09e6p-1f;
   static constexpr int kDegree = 7;
+  static constexpr int kLogTerms = 4;
 };
 
 struct Double {
   using Scalar = double;
   using V = Doubles;
   using Bits = Longs;
+  using Word = uint64_t;
   static constexpr int kFraction = 52, kBias = 1023;
   static constexpr double kRounder = 0x1.8p52;
   static constexpr double kLog2e = 0x1.71547652b82fep0;
   static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
   static constexpr double kUnderflow = -0x1.6232bdd7abcd2p9;  // log(2^-1022)
+  static constexpr double kRootHalf = 0x1.6a09e667f3bcdp-1;
   static constexpr int kDegree = 13;
+  static constexpr int kLogTerms = 10;
 };
 
 template <class A>
@@ -150,6 +157,38 @@ PREFCORE_INLINE typename A::V exp(typename A::V x) {
   return x < A::kUnderflow ? typename A::V{} : fma(p.scale, p.rest, p.scale);
 }
 
+// e^x - 1, and e^x beside it, each to its own relative accuracy; for x <= 0.
+template <class A>
+PREFCORE_INLINE typename A::V expm1(typename A::V x, typename A::V& exp) {
+  using V = typename A::V;
+  const Power<A> p = power<A>(x);
+  exp = x < A::kUnderflow ? V{} : fma(p.scale, p.rest, p.scale);
+  return x < A::kUnderflow ? splat<A>(-1) : fma(p.scale, p.rest, p.scale - 1);
+}
+
+// log(1 + x) to its own relative accuracy, near 0 too. `sum` is 1 + x, normal and above 0: beside an x near
+// -1 only the caller can know it.
+template <class A>
+PREFCORE_INLINE typename A::V log1p(typename A::V x, typename A::V sum) {
+  using V = typename A::V;
+  using Bits = typename A::Bits;
+  using S = typename A::Scalar;
+  // sum = 2^n (1 + f) with sqrt(1/2) <= 1 + f < sqrt(2), n counted from -kBias so that its bits stay a
+  // number. The rounding of the sum matters only where n is 0, and is avoided there.
+  const Bits one = (Bits)splat<A>(1);
+  const Bits exponent = (((Bits)sum + (one - (Bits)splat<A>(A::kRootHalf))) >> A::kFraction) - A::kBias;
+  const V n = (V)(exponent + (Bits)splat<A>(A::kRounder)) - A::kRounder;
+  const V f = n == 0 ? x : (V)((Bits)sum - (exponent << A::kFraction)) - 1;
+  // With s = f / (2 + f), log(1 + f) = 2 atanh(s) = f - (f^2 / 2 - s (f^2 / 2 + 2 s^2 (1/3 + s^2/5 + ...))):
+  // roundings are of terms that are small beside f.
+  const V s = f / (2 + f), square = s * s, half = f * f * S(0.5);
+  V series = splat<A>(S(2. / (2 * A::kLogTerms + 1)));
+#pragma GCC unroll 16
+  for (int k = A::kLogTerms - 1; k > 0; --k) series = fma(series, square, splat<A>(S(2. / (2 * k + 1))));
+  const V less = half - s * fma(series, square, half);
+  return fma(n, splat<A>(A::kLn2High), f - (less - n * A::kLn2Low));
+}
+
 // tanh, and 1 - tanh^2 if asked for, by way of expm1(-2|x|): both keep their relative accuracy, near 0 and
 // far.
 template <class A>
@@ -159,13 +198,10 @@ PREFCORE_INLINE typename A::V tanh(typename A::V x, bool with_slope, typename A:
   const Bits sign_bit = (Bits)splat<A>(-typename A::Scalar(0));
   const Bits sign = (Bits)x & sign_bit;
   const V w = (V)((Bits)x | sign_bit) * 2;
-  const Power<A> p = power<A>(w);
-  const V less = w < A::kUnderflow ? splat<A>(-1) : fma(p.scale, p.rest, p.scale - 1);
+  V e;
+  const V less = expm1<A>(w, e);
   const V sum = 2 + less;
-  if (with_slope) {
-    const V e = w < A::kUnderflow ? V{} : fma(p.scale, p.rest, p.scale);
-    slope = 4 * e / (sum * sum);
-  }
+  if (with_slope) slope = 4 * e / (sum * sum);
   return (V)((Bits)(less / sum) ^ sign_bit ^ sign);
 }
 
