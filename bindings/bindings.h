@@ -15,6 +15,7 @@ T* pointer(Address address) {
 // Refuse a number that is no instruction set of the row kernels here.
 void check_isa(int level);
 
+void bind_divergence(pybind11::module_& m);
 void bind_gather_rows(pybind11::module_& m);
 void bind_logprobs(pybind11::module_& m);
 void bind_sequence_reduce(pybind11::module_& m);

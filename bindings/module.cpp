@@ -12,5 +12,6 @@ PYBIND11_MODULE(_C, m) {
 #endif
   bind_gather_rows(m);
   bind_logprobs(m);
+  bind_divergence(m);  // takes the LogitRows of logprobs
   bind_sequence_reduce(m);
 }
