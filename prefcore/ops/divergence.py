@@ -13,6 +13,7 @@ from prefcore._impl import Impl, resolve
 from prefcore._types import PairStats
 from prefcore.ops import _pair
 from prefcore.ops._arguments import check_float, check_same_device, check_target_dtype, check_targets
+from prefcore.ops._autograd import once_differentiable
 from prefcore.ops._backends import BACKENDS, Backend
 from prefcore.ops._checks import check_type
 from prefcore.ops._pair import PairGrads, PairSettings, RowPair
@@ -150,7 +151,7 @@ class _Divergence(torch.autograd.Function):
         return tuple(stats[:5])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         impl, settings = ctx.options
         # Traced, an output that was not wanted receives an empty gradient instead of none.

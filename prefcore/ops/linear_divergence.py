@@ -20,6 +20,7 @@ from prefcore.ops._arguments import (
     check_targets,
     check_weight_grad_out,
 )
+from prefcore.ops._autograd import once_differentiable
 from prefcore.ops._backends import BACKENDS, Backend
 from prefcore.ops._checks import check_type
 from prefcore.ops._pair import PairGrads, RowPair
@@ -166,7 +167,7 @@ class _LinearDivergence(torch.autograd.Function):
         return tuple(stats[:5])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         outs, drop_zero_rows, impl, settings = ctx.options
         # Traced, an output that was not wanted receives an empty gradient instead of none.
@@ -333,17 +334,17 @@ def linear_divergence(
             other_softcap=other.softcap, other_logit_scale=other.logit_scale,
         )  # fmt: skip
     # Dynamo does not trace a function that gets one tensor twice, such as a head that both sides share.
-    apart = [
-        y.view_as(y) if y is not None and y is x else y
-        for x, y in zip(
-            (hidden, weight, bias, first.temperatures),
-            (other_hidden, other_weight, other_bias, other.temperatures),
-            strict=True,
-        )
-    ]
+    flat, other_flat = (x.reshape(-1, x.shape[-1]) for x in (hidden, other_hidden))
     sides = [
-        (hidden.reshape(-1, hidden.shape[-1]), weight, bias, first.temperatures),
-        (apart[0].reshape(-1, apart[0].shape[-1]), *apart[1:]),
+        (flat, weight, bias, first.temperatures),
+        tuple(
+            y.view_as(y) if y is not None and y is x else y
+            for x, y in zip(
+                (flat, weight, bias, first.temperatures),
+                (other_flat, other_weight, other_bias, other.temperatures),
+                strict=True,
+            )
+        ),
     ]
     options, outs = [first, other], (weight_grad_out, other_weight_grad_out)
     if divergence.exchanged:

@@ -25,6 +25,7 @@ from prefcore.ops._arguments import (
     stats_settings,
     token_stats,
 )
+from prefcore.ops._autograd import once_differentiable
 from prefcore.ops._backends import BACKENDS
 from prefcore.ops._checks import check_type
 from prefcore.ops._plan import Schedule
@@ -175,7 +176,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return *stats, saved.state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         g_logps, g_entropy, g_logsumexp = grads[:3]
         if ctx.options[-1].schedule == "frozen":
@@ -202,7 +203,7 @@ class _FrozenEntropy(torch.autograd.Function):
         return entropy.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, g_entropy: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, (None, g_entropy, None))[0], *(None,) * 9
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prefcore import reference
 from prefcore._impl import Impl, resolve
@@ -30,6 +29,7 @@ from prefcore.ops._arguments import (
     stats_settings,
     token_stats,
 )
+from prefcore.ops._autograd import once_differentiable
 from prefcore.ops._backends import BACKENDS
 from prefcore.ops._checks import check_number, check_offset_values, check_type, check_values
 from prefcore.ops._memory import empty

@@ -22,6 +22,7 @@ from prefcore.ops._arguments import (
     stats_settings,
     token_stats,
 )
+from prefcore.ops._autograd import once_differentiable
 from prefcore.ops._backends import BACKENDS
 from prefcore.ops._checks import check_type
 from prefcore.ops._register import register
@@ -184,7 +185,7 @@ class _Logprobs(torch.autograd.Function):
         return tuple(stats)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, *saved = ctx.saved_tensors
         inplace, impl, settings = ctx.options

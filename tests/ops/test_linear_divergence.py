@@ -647,10 +647,10 @@ def test_double_backward_is_refused():
     case = make("kl_pq", 5, 30)
     hidden = case.tensors["hidden"].requires_grad_()
     stats = prefcore.linear_divergence(**case.tensors, kind="kl_pq")
-    upstream = torch.ones(5, requires_grad=True)
-    (gradient,) = torch.autograd.grad(stats.divergence, hidden, upstream, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    for upstream in (torch.ones(5), torch.ones(5, requires_grad=True)):
+        (gradient,) = torch.autograd.grad(stats.divergence, hidden, upstream, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
 
 
 @ALL_KINDS

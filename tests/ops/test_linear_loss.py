@@ -734,9 +734,10 @@ def test_double_backward_is_refused():
     out = prefcore.linear_loss(
         case.hidden.requires_grad_(), case.weight, case.targets, case.cu_seqlens, functools.partial(policy, case)
     )
-    (grad,) = torch.autograd.grad(out.loss.square(), case.hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    for loss in (out.loss * 2, out.loss.square()):
+        (grad,) = torch.autograd.grad(loss, case.hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
 
 
 @NATIVE
