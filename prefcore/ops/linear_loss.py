@@ -105,8 +105,9 @@ def linear_loss(
             keeps the other gradients in the inputs' types: no float32 buffer lasts until the backward. ``normalizer``
             or ``weights`` must be given. ``weight_grad_out`` is then added to once for each forward, whatever number of
             backwards follows, and rounded once for each tile if it has 16 bits; so not for code that activation
-            checkpointing runs twice. If another gradient arrives, those that the backward hands out are NaN (what
-            ``weight_grad_out`` got stays); on a CPU, and on a GPU with ``PREFCORE_CHECK=1``, the backward raises.
+            checkpointing runs twice. If another gradient arrives, those of hidden states and bias and the first row of
+            the weight's are NaN (what ``weight_grad_out`` got stays); on a CPU, and on a GPU with
+            ``PREFCORE_CHECK=1``, the backward raises.
         drop_zero_rows: leave rows whose gradient is zero out of the gradients' GEMMs. On a GPU it costs one
             synchronisation per tile; on a CPU it is always done.
         process_group: for a head sharded over its vocabulary; not built yet.
@@ -399,7 +400,9 @@ class _Tiles:
         if head.needs.weight and self.final and weight_grad_out is not None:
             self.d_weight, self.started = weight_grad_out, True
         elif head.needs.weight:
-            self.d_weight = empty(V, D, dtype=acc, device=device)
+            # What is neither scaled nor added to any more needs no wider type.
+            dtype = head.weight.dtype if self.final and len(self.tiles) == 1 else acc
+            self.d_weight = empty(V, D, dtype=dtype, device=device)
 
     def step(self, tile: Tile) -> None:
         """Take one tile forward, through the closure, and back."""
@@ -571,18 +574,26 @@ class _Deliver(torch.autograd.Function):
         again = _graph_is_kept()
         if not again:
             ctx.gradients = None
-        factor = upstream / found.divisor if found.promised is None else _kept_promise(upstream, found.promised)
+        promised, out, weight = found.promised, found.weight_grad_out, found.weight
+        factor = upstream / found.divisor if promised is None else _kept_promise(upstream, promised)
 
-        def scaled(x: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-            return None if x is None else (x * factor if again else x.mul_(factor)).to(dtype or x.dtype)
+        def scaled(x: Tensor | None) -> Tensor | None:
+            """In the inputs' type, by one pass over memory."""
+            if x is None:
+                return None
+            if x.dtype == ctx.dtype and not again:
+                return x.mul_(factor)
+            return torch.mul(x, factor, out=torch.empty_like(x, dtype=ctx.dtype))
 
-        hidden, bias = scaled(found.hidden, ctx.dtype), scaled(found.bias, ctx.dtype)
-        out = found.weight_grad_out
-        weight = scaled(found.weight, ctx.dtype if out is None else None)
-        if out is not None and weight is not None:
-            out.add_(weight)
+        if weight is not None and out is not None:
+            out.add_(weight * factor if again else weight.mul_(factor))
             weight = None
-        return None, hidden, weight, bias, None
+        elif weight is not None and promised is not None:  # a broken promise shows in one row as well as in all
+            weight = weight.clone() if again else weight
+            weight[0] *= factor
+        else:
+            weight = scaled(weight)
+        return None, scaled(found.hidden), weight, scaled(found.bias), None
 
 
 def _graph_is_kept() -> bool:

@@ -17,7 +17,12 @@ TOP = {
     *(".ci", ".clang-format", ".gitignore", ".pre-commit-config.yaml"),
 }
 # Ops without a kernel of their own: the one whose kernel they run.
-COMPOSED = {"linear_logprobs": "logprobs", "linear_loss": "logprobs", "linear_divergence": "divergence", "aggregate": "sequence_reduce"}
+COMPOSED = {
+    "linear_logprobs": "logprobs",
+    "linear_loss": "logprobs",
+    "linear_divergence": "divergence",
+    "aggregate": "sequence_reduce",
+}
 
 pytestmark = pytest.mark.quick
 

@@ -719,6 +719,12 @@ def test_a_backward_may_be_repeated_where_the_graph_is_kept(rows, impl, device):
     loss.backward(retain_graph=True)
     loss.backward()
     torch.testing.assert_close(buffer, 2 * first[1])
+    loss = call(grad_scale=1.0, normalizer=20)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [x.clone() for x in first]
+    for x in first:
+        x.zero_()  # what was handed out is the caller's
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, leaves), kept, strict=True))
 
 
 def test_where_torch_does_not_tell_whether_the_graph_is_kept_gradients_are_copied(monkeypatch):
