@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prefcore.kernels import logprobs
+from prefcore.kernels import _rows, logprobs
 from prefcore.ops._spec import Row
 
 # Bytes of shared memory (LDS on gfx942) that one program may have.
@@ -58,4 +58,4 @@ def test_rows_columns_and_places_do_not_recompile(compiled: dict[str, dict]) -> 
 
 
 def test_kernels_number_the_state_as_the_ops_do() -> None:
-    assert {row.name: getattr(logprobs, row.name).value for row in Row} == {row.name: row.value for row in Row}
+    assert {row.name: getattr(_rows, row.name).value for row in Row} == {row.name: row.value for row in Row}
