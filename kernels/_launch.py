@@ -36,6 +36,9 @@ ONE_PASS: Ladder = (
     (float("inf"), RowConfig(256)),
 )
 
+# One pass over two tiles: one vector of each is as much under way, in as many registers.
+PAIR: Ladder = tuple((widest, RowConfig(config.threads, 1)) for widest, config in ONE_PASS)
+
 # Two passes: the second is to find the row in L2, so the rows in flight have to fit there. Of an H200's 50
 # MB, three quarters usable, each of 132 multiprocessors has 280 KB for its 2048 threads: 2048 / threads *
 # bytes must not pass that. With 1024 threads and more than 32 registers there is one row per multiprocessor.

@@ -57,7 +57,8 @@ class Variant:
     flush: bool  # subnormal results of exp are 0
     round_to: tl.dtype | None
     bias: bool
-    out_like_tile: bool = False  # rows of out are aligned as those of the tile
+    aligned: bool = True  # the span's groups start at multiples of k elements, in the tile
+    out_aligned: bool = False  # and in out
     entropy: bool = False
     mean: bool = False
     squares: bool = False
@@ -163,7 +164,7 @@ def columns(start, span, EDGE: tl.constexpr, V: tl.constexpr):
 @triton.jit
 def source(tile_ptr, tile_stride, bias_ptr, temperature_ptr, row, span, inner, outer, slope, V: tl.constexpr):
     """What :func:`logits` reads (pointers to the row's first group, factors); dz/dx without the softcap."""
-    tile_ptr = groups(tile_ptr, row, tile_stride, span, True, V)
+    tile_ptr = groups(tile_ptr, row, tile_stride, span, V.aligned, V)
     if V.bias:
         bias_ptr += span[0]
     else:

@@ -158,7 +158,7 @@ def _weigh_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     span = rows.span(row, tile_stride, C, V)
-    out_ptr = rows.groups(out_ptr, row, out_stride, span, V.out_like_tile, V)
+    out_ptr = rows.groups(out_ptr, row, out_stride, span, V.out_aligned, V)
     if target == ignore_index:
         rows.write_zeros(out_ptr, span, V)
     else:
@@ -234,7 +234,7 @@ def _grad_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     span = rows.span(row, tile_stride, C, V)
-    out_ptr = rows.groups(out_ptr, row, out_stride, span, V.out_like_tile, V)
+    out_ptr = rows.groups(out_ptr, row, out_stride, span, V.out_aligned, V)
     if target == ignore_index:
         rows.write_zeros(out_ptr, span, V)
     else:
@@ -285,7 +285,7 @@ def _stats_grad_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     span = rows.span(row, tile_stride, C, V)
-    out_ptr = rows.groups(out_ptr, row, out_stride, span, V.out_like_tile, V)
+    out_ptr = rows.groups(out_ptr, row, out_stride, span, V.out_aligned, V)
     if target == ignore_index:
         rows.write_zeros(out_ptr, span, V)
     else:
@@ -320,7 +320,7 @@ def _launch(
     flags = {name: statistics and getattr(spec, name) for name in ("entropy", "mean", "squares", "top1")}
     config = row_config(ladder, columns, tile.dtype, 2 + sum(flags.values()))
     if out is not None:
-        flags["out_like_tile"] = rows.aligned_alike(tile, out)
+        flags["out_aligned"] = rows.aligned_alike(tile, out)
         others |= {"out_ptr": out, "out_stride": out.stride(0)}
     with torch.cuda.device_of(tile):
         kernel[(height,)](
