@@ -97,7 +97,7 @@ def _weights(weight, V: tl.constexpr):
 
 @triton.jit
 def _against_mixture(log_p, log_q, weights, V: tl.constexpr):
-    """p, q, log(p/m), log(q/m), and weight·p·log(p/m) + (1 - weight)·q·log(q/m).
+    """Whether q > p; the larger and the smaller of both, and the logarithms of their ratios to m.
 
     With a = log(smaller/larger) and the smaller's weight s, log(larger/m) is -log1p(s·expm1(a)): no digits are lost
     where p and q are close, nor is there anything to overflow where they are not.
@@ -111,16 +111,12 @@ def _against_mixture(log_p, log_q, weights, V: tl.constexpr):
     larger = rows.exp(tl.maximum(log_p, log_q, propagate_nan=tl.PropagateNan.ALL), V)
     smaller = larger * ratio
     log_larger = -_log1p(s * _expm1(a, ratio, V), tl.fma(s, ratio, rest), V)
-    log_smaller = log_larger + a
-    both = rest * (larger * log_larger) + s * (smaller * log_smaller)
-    p, log_pm = tl.where(q_larger, smaller, larger), tl.where(q_larger, log_smaller, log_larger)
-    q, log_qm = tl.where(q_larger, larger, smaller), tl.where(q_larger, log_larger, log_smaller)
-    return p, q, log_pm, log_qm, both
+    return q_larger, larger, smaller, log_larger, log_larger + a
 
 
 @triton.jit
 def _sign(x):
-    return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))  # NaN of NaN
 
 
 @triton.jit
@@ -309,15 +305,20 @@ def _sums_kernel(
                 log_p = (rows.logits(p_source, offsets, mask, V)[0] - p_peak) - p_log_total
                 log_q = (rows.logits(q_source, offsets, mask, W)[0] - q_peak) - q_log_total
                 if KIND == "js":
-                    p, q, log_pm, log_qm, both = _against_mixture(log_p, log_q, weights, V)
-                    p_sum += tl.sum(p * log_pm, 1)
-                    q_sum += tl.sum(q * log_qm, 1)
+                    q_larger, larger, smaller, log_larger, log_smaller = _against_mixture(log_p, log_q, weights, V)
+                    larger *= log_larger
+                    smaller *= log_smaller
+                    p_term = tl.where(q_larger, smaller, larger)
+                    q_term = tl.where(q_larger, larger, smaller)
+                    # For close p and q much smaller than either: not to be had from sums of them.
+                    both = weights[0] * p_term + weights[1] * q_term
                 else:
                     p, q = rows.exp(log_p, V), rows.exp(log_q, V)
                     both = tl.abs(p - q)
                     sign = _sign(p - q)
-                    p_sum += tl.sum(p * sign, 1)
-                    q_sum += tl.sum(q * sign, 1)
+                    p_term, q_term = p * sign, q * sign
+                p_sum += tl.sum(p_term, 1)
+                q_sum += tl.sum(q_term, 1)
                 sum_of_both += tl.sum(both, 1)
         cross_ptr += row
         tl.store(cross_ptr, tl.load(cross_ptr) + tl.sum(p_sum, 0))
@@ -349,13 +350,15 @@ def _coefficients(coef_ptr, stride, own_weight, other_weight, SECOND: tl.constex
 
 @triton.jit
 def _pair(log_p, log_q, weights, V: tl.constexpr, KIND: tl.constexpr):
-    """p, q, and what g of either side is made of beside them."""
+    """p, q, and what each side's g is made of beside them."""
     if KIND == "js":
-        p, q, p_part, q_part, _ = _against_mixture(log_p, log_q, weights, V)
+        q_larger, larger, smaller, log_larger, log_smaller = _against_mixture(log_p, log_q, weights, V)
+        p, p_part = tl.where(q_larger, smaller, larger), tl.where(q_larger, log_smaller, log_larger)
+        q, q_part = tl.where(q_larger, larger, smaller), tl.where(q_larger, log_larger, log_smaller)
     else:
         p, q = rows.exp(log_p, V), rows.exp(log_q, V)
         if KIND == "kl":
-            p_part, q_part = log_p - log_q, p
+            p_part, q_part = tl.where(p == 0, 0.0, log_p - log_q), p
         elif KIND == "alpha":
             p_part = rows.exp(weights[0] * log_p + weights[1] * log_q, V)
             q_part = p_part
@@ -369,16 +372,14 @@ def _pair(log_p, log_q, weights, V: tl.constexpr, KIND: tl.constexpr):
 def _gradient(p, log_p, part, hits, coef, SECOND: tl.constexpr, KIND: tl.constexpr):
     """dL/dz of one side, whose probabilities are p."""
     onehot, normal, entropic, divergence, entropy, offset = coef
+    # Of p's factor, all but what the divergence has to cancel against something else.
+    factor = tl.fma(entropic, tl.maximum(log_p, rows.DROP) + entropy, normal)
+    first = tl.where(hits, onehot, 0.0)
     if KIND == "alpha":
-        g = offset * p - part
-    elif KIND == "kl" and SECOND:
-        g = p - part
-    else:
-        g = p * (part - offset)
-        if KIND == "kl":
-            g = tl.where(p == 0, 0.0, g)
-    inner = tl.where(hits, onehot, 0.0) - normal * p
-    return inner - entropic * (p * (tl.maximum(log_p, rows.DROP) + entropy)) + divergence * g
+        return tl.fma(divergence, tl.fma(offset, p, -part), tl.fma(-p, factor, first))
+    if KIND == "kl" and SECOND:
+        return tl.fma(divergence, p - part, tl.fma(-p, factor, first))
+    return tl.fma(p, tl.fma(divergence, part - offset, -factor), first)
 
 
 @triton.jit
@@ -439,17 +440,17 @@ def _grad_kernel(
         if q_out_ptr is not None:
             rows.write_zeros(q_out_ptr, span, W)
     else:
-        p_source, p_slope = rows.source(
+        p_source, p_flat = rows.source(
             p_tile_ptr, p_tile_stride, p_bias_ptr, p_temperature_ptr, row, span, p_inner, p_outer, p_slope, V
         )
-        q_source, q_slope = rows.source(
+        q_source, q_flat = rows.source(
             q_tile_ptr, q_tile_stride, q_bias_ptr, q_temperature_ptr, row, span, q_inner, q_outer, q_slope, W
         )
         inside, offset = rows.locate(target, col0, span)
         hit = tl.where(inside, offset, C)
         outside = (target < 0) | (target >= vocab)
-        p_slope = _slope(p_slope, p_state_ptr + row, p_state_stride, outside)
-        q_slope = _slope(q_slope, q_state_ptr + row, q_state_stride, outside)
+        p_flat = _slope(p_flat, p_state_ptr + row, p_state_stride, outside)
+        q_flat = _slope(q_flat, q_state_ptr + row, q_state_stride, outside)
         p_peak, p_log_total = _final(p_state_ptr + row, p_state_stride)
         q_peak, q_log_total = _final(q_state_ptr + row, q_state_stride)
         weights = _weights(weight, V)
@@ -466,10 +467,10 @@ def _grad_kernel(
                 p, q, p_part, q_part = _pair(log_p, log_q, weights, V, KIND)
                 hits = offsets == hit
                 if p_out_ptr is not None:
-                    gradient = _gradient(p, log_p, p_part, hits, p_coef, False, KIND) * (p_slope * p_flatness)
+                    gradient = _gradient(p, log_p, p_part, hits, p_coef, False, KIND) * (p_flat * p_flatness)
                     tl.store(p_out_ptr + offsets, rows.round(gradient, p_out_ptr.dtype.element_ty), mask=mask)
                 if q_out_ptr is not None:
-                    gradient = _gradient(q, log_q, q_part, hits, q_coef, True, KIND) * (q_slope * q_flatness)
+                    gradient = _gradient(q, log_q, q_part, hits, q_coef, True, KIND) * (q_flat * q_flatness)
                     tl.store(q_out_ptr + offsets, rows.round(gradient, q_out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -572,7 +573,8 @@ def _check(
 def stats(p: Side, q: Side, col0: int, targets: Tensor, pair: PairSpec, cross: Tensor) -> None:
     """Bring both states and ``cross[0]`` up to date with tiles ``[R, C]``, the columns from ``col0`` on.
 
-    For ``kl`` and ``alpha``. Reads both tiles once. Rows whose target is ``spec.ignore_index`` are left alone.
+    For ``kl`` and ``alpha``. Reads both tiles once.
+    Rows whose target is ``spec.ignore_index`` are left alone.
 
     Raises:
         ValueError: another kind; a dtype, shape, stride or device that the kernels do not read.
@@ -583,9 +585,10 @@ def stats(p: Side, q: Side, col0: int, targets: Tensor, pair: PairSpec, cross: T
 
 
 def sums(p: Side, q: Side, col0: int, targets: Tensor, pair: PairSpec, cross: Tensor) -> None:
-    """Add what tiles ``[R, C]``, the columns from ``col0`` on, have of the sums to ``cross [3, R]``, given final states.
+    """Add what tiles ``[R, C]``, the columns from ``col0`` on, have of the sums to ``cross [3, R]``.
 
-    For ``js`` and ``tv``. Reads both tiles once. Rows whose target is ``spec.ignore_index`` are left alone.
+    For ``js`` and ``tv``, given final states. Reads both tiles once.
+    Rows whose target is ``spec.ignore_index`` are left alone.
 
     Raises:
         ValueError: another kind; a dtype, shape, stride or device that the kernels do not read.
