@@ -330,22 +330,24 @@ def _sums_kernel(
 
 @triton.jit
 def _coefficients(coef_ptr, stride, own_weight, other_weight, SECOND: tl.constexpr, KIND: tl.constexpr):
-    """A side's coefficients, DIVERGENCE with the factor that all of a row's g have in common."""
+    """A side's coefficients: of the onehot, of p, of p·log p, of what g is made of, and that one's offset.
+
+    The factor that a row's g have in common has gone into the last but one, and where g is p·(part - offset) the
+    offset into that of p.
+    """
+    entropic = tl.load(coef_ptr + ENTROPY * stride)
+    normal = tl.load(coef_ptr + P * stride) + entropic * tl.load(coef_ptr + H * stride)
     divergence = tl.load(coef_ptr + DIVERGENCE * stride)
+    offset = tl.load(coef_ptr + OFFSET * stride)
     if KIND == "alpha":
         divergence /= other_weight
     elif KIND == "js":
         divergence *= own_weight
     elif KIND == "tv":
         divergence *= -0.5 if SECOND else 0.5
-    return (
-        tl.load(coef_ptr + ONEHOT * stride),
-        tl.load(coef_ptr + P * stride),
-        tl.load(coef_ptr + ENTROPY * stride),
-        divergence,
-        tl.load(coef_ptr + H * stride),
-        tl.load(coef_ptr + OFFSET * stride),
-    )
+    if KIND != "alpha" and (KIND != "kl" or not SECOND):
+        normal += divergence * offset
+    return tl.load(coef_ptr + ONEHOT * stride), -normal, -entropic, divergence, offset
 
 
 @triton.jit
@@ -371,15 +373,15 @@ def _pair(log_p, log_q, weights, V: tl.constexpr, KIND: tl.constexpr):
 @triton.jit
 def _gradient(p, log_p, part, hits, coef, SECOND: tl.constexpr, KIND: tl.constexpr):
     """dL/dz of one side, whose probabilities are p."""
-    onehot, normal, entropic, divergence, entropy, offset = coef
-    # Of p's factor, all but what the divergence has to cancel against something else.
-    factor = tl.fma(entropic, tl.maximum(log_p, rows.DROP) + entropy, normal)
+    onehot, normal, entropic, divergence, offset = coef
     first = tl.where(hits, onehot, 0.0)
+    factor = tl.fma(entropic, tl.maximum(log_p, rows.DROP), normal)
+    # Differences of values that are about alike come first.
     if KIND == "alpha":
-        return tl.fma(divergence, tl.fma(offset, p, -part), tl.fma(-p, factor, first))
+        return tl.fma(divergence, tl.fma(offset, p, -part), tl.fma(p, factor, first))
     if KIND == "kl" and SECOND:
-        return tl.fma(divergence, p - part, tl.fma(-p, factor, first))
-    return tl.fma(p, tl.fma(divergence, part - offset, -factor), first)
+        return tl.fma(divergence, p - part, tl.fma(p, factor, first))
+    return tl.fma(p, tl.fma(divergence, part, factor), first)
 
 
 @triton.jit

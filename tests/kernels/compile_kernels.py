@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from prefcore.kernels import _launch, logprobs
-from prefcore.ops._spec import LogitSpec, Row
+from prefcore.kernels import _launch, divergence, logprobs
+from prefcore.ops._spec import CROSS_ROWS, Coef, LogitSpec, PairSpec, Row, Side
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -115,6 +115,53 @@ def launch(
     return record(calls[function])
 
 
+def launch_pair(
+    function: str,
+    kind: str,
+    dtype: torch.dtype = BF16,
+    columns: int = WIDE,
+    *,
+    rows: int = 3,
+    weight: float = 0.5,
+    stride: int | None = None,
+    q_stride: int | None = None,
+    outs: str = "pq",
+    out_dtype: torch.dtype | None = None,
+    temperature: bool = False,
+    bias: torch.dtype | None = None,
+    col0: int = 0,
+    state_start: int = 0,
+    **spec: object,
+) -> Launch:
+    """Gradients are written in place unless ``out_dtype`` is another type."""
+    wide = F64 if dtype == F64 else F32
+
+    def make(stride: int | None) -> Side:
+        return Side(
+            torch.empty(rows, stride or columns, dtype=dtype)[:, :columns],
+            torch.ones(rows, dtype=wide) if temperature else None,
+            torch.zeros(columns, dtype=bias) if bias is not None else None,
+            LogitSpec(columns + col0, **spec),
+            torch.zeros(len(Row), rows + state_start, dtype=wide)[:, state_start:],
+        )
+
+    p, q = make(stride), make(q_stride or stride)
+    targets = torch.zeros(rows, dtype=torch.int64)
+    pair = PairSpec(kind, weight)
+    if function != "pair_grad":
+        cross = torch.zeros(CROSS_ROWS, rows + state_start, dtype=wide)[:, state_start:]
+        call = divergence.stats if function == "pair_stats" else divergence.sums
+        return record(lambda: call(p, q, col0, targets, pair, cross))
+
+    def out(side: Side) -> torch.Tensor:
+        return side.tile if out_dtype in (None, dtype) else torch.empty(rows, columns, dtype=out_dtype)
+
+    coef = torch.ones(len(Coef), rows + state_start, dtype=wide)[:, state_start:]
+    written = [(out(side), coef) if name in outs else (None, None) for name, side in (("p", p), ("q", q))]
+    (p_out, p_coef), (q_out, q_coef) = written
+    return record(lambda: divergence.grad(p, q, p_out, q_out, col0, targets, pair, p_coef, q_coef))
+
+
 # Plain bf16 as models train; everything at once; the other types; rows off 16-byte boundaries; narrow rows.
 COMMON = {
     "bf16": {},
@@ -145,6 +192,29 @@ def cases() -> dict[str, Launch]:
     return table
 
 
+PAIR_FUNCTIONS = (*(("pair_stats", kind) for kind in ("kl", "alpha")), *(("pair_sums", kind) for kind in ("js", "tv")))
+PAIR_KINDS = ("kl", "alpha", "js", "tv")
+ALL_SETTINGS = {"temperature": True, "bias": BF16, "softcap": 30.0, "entropy": True}
+
+
+def pair_cases() -> dict[str, Launch]:
+    """Every kind plainly; the costliest of each kernel in all other ways."""
+    table = {f"{function}-{kind}-bf16": launch_pair(function, kind) for function, kind in PAIR_FUNCTIONS}
+    table |= {f"pair_grad-{kind}-bf16": launch_pair("pair_grad", kind, columns=8192) for kind in PAIR_KINDS}
+    for function, kind in (("pair_stats", "kl"), ("pair_sums", "js"), ("pair_grad", "js")):
+        table |= {
+            f"{function}-{kind}-everything": launch_pair(function, kind, columns=32064, **ALL_SETTINGS),
+            f"{function}-{kind}-f32": launch_pair(function, kind, F32, temperature=True),
+            f"{function}-{kind}-f64": launch_pair(function, kind, F64, softcap=30.0),
+            f"{function}-{kind}-unaligned": launch_pair(function, kind, columns=50257),
+            f"{function}-{kind}-unalike": launch_pair(function, kind, columns=NARROW, q_stride=NARROW + 1),
+        }
+    for side in "pq":
+        table[f"pair_grad-kl-{side}"] = launch_pair("pair_grad", "kl", outs=side)
+    table["pair_grad-js-f32_rounded_to_bf16"] = launch_pair("pair_grad", "js", F32, out_dtype=BF16, round_to=BF16)
+    return table
+
+
 def pretend(target: GPUTarget) -> None:
     """Have launches on host tensors configured as on ``target``."""
     _launch.nvidia = lambda device: target.backend == "cuda"
@@ -154,7 +224,10 @@ def pretend(target: GPUTarget) -> None:
 def report(launched: Launch, target: GPUTarget) -> dict[str, object]:
     source, options = launched.source(target)
     compiled = triton.compile(source, target=target, options=options)
-    result = {"kernel": launched.kernel.__name__, "shared": compiled.metadata.shared}
+    result = {
+        "kernel": f"{launched.kernel.fn.__module__}.{launched.kernel.__name__}",
+        "shared": compiled.metadata.shared,
+    }
     if target.backend == "hip":
         code = compiled.asm["amdgcn"]
         # Scalar registers spill to lanes of vector registers, not to memory: they do not count.
@@ -184,7 +257,7 @@ def main() -> None:
         # All variants for one architecture; the plainest and the most demanding for the others.
         reports |= {
             f"{case} {name}": report(launched, target)
-            for case, launched in cases().items()
+            for case, launched in (cases() | pair_cases()).items()
             if name == "sm_90" or case.endswith(("-bf16", "-everything"))
         }
     pretend(TARGETS["sm_90"])
@@ -198,7 +271,31 @@ def main() -> None:
         )
         for function in ("stats", "weigh", "grad", "stats_grad")
     }
-    functions = sorted(name for name, value in vars(logprobs).items() if isinstance(value, JITFunction))
+    for function, kind in (*PAIR_FUNCTIONS, ("pair_grad", "js")):
+        keys[f"{function}-{kind}"] = sorted(
+            {
+                launch_pair(
+                    function,
+                    kind,
+                    columns=columns,
+                    rows=rows,
+                    weight=1 / (1 + rows),
+                    stride=32064 + 8 * rows,
+                    q_stride=40000,
+                    col0=rows * 8,
+                    state_start=rows % 5,
+                    temperature=True,
+                ).key()
+                for rows in range(1, 12, 2)
+                for columns in (30000, 31001)
+            }
+        )
+    functions = sorted(
+        f"{module.__name__}.{name}"
+        for module in (logprobs, divergence)
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction)
+    )
     json.dump({"reports": reports, "keys": keys, "functions": functions}, sys.stdout, indent=1)
 
 

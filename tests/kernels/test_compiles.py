@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from prefcore.kernels import _rows, logprobs
-from prefcore.ops._spec import Row
+from prefcore.kernels import _rows, divergence
+from prefcore.ops._spec import Coef, Row
 
 # Bytes of shared memory (LDS on gfx942) that one program may have.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -47,15 +47,18 @@ def test_rows_are_read_and_written_in_16_bytes(compiled: dict[str, dict]) -> Non
     for name, report in compiled["reports"].items():
         assert report["wide_loads"] > 0, name
         # Two bytes out for four in make stores of 8.
-        if not name.startswith("stats-") and "f32_" not in name:
+        if not name.startswith(("stats-", "pair_stats-", "pair_sums-")) and "f32_" not in name:
             assert report["wide_stores"] > 0, name
 
 
 def test_rows_columns_and_places_do_not_recompile(compiled: dict[str, dict]) -> None:
-    assert {function: len(keys) for function, keys in compiled["keys"].items()} == dict.fromkeys(
-        ("stats", "weigh", "grad", "stats_grad"), 1
-    )
+    assert {"stats", "grad", "pair_stats-kl", "pair_sums-js", "pair_grad-js"} <= set(compiled["keys"])
+    assert {function: len(keys) for function, keys in compiled["keys"].items() if len(keys) != 1} == {}
 
 
 def test_kernels_number_the_state_as_the_ops_do() -> None:
     assert {row.name: getattr(_rows, row.name).value for row in Row} == {row.name: row.value for row in Row}
+
+
+def test_kernels_number_the_coefficients_as_the_ops_do() -> None:
+    assert {row.name: getattr(divergence, row.name).value for row in Coef} == {row.name: row.value for row in Coef}
