@@ -54,8 +54,8 @@ double raise_both(Running<A>& p, Running<A>& q, typename A::Scalar top_p, typena
   if (kKind == Divergence::kAlpha) return cross * __builtin_exp(weight * by_p + (1 - weight) * by_q);
   // Terms whose p has become 0 are 0, infinite though they were; before p's first finite logit there are
   // none.
-  if (by_p < A::kUnderflow) return 0;
-  return __builtin_exp(by_p) * (cross + (total == 0 ? 0 : (by_p - by_q) * total));
+  if (total == 0 || by_p < A::kUnderflow) return 0;
+  return __builtin_exp(by_p) * (cross + (by_p - by_q) * total);
 }
 
 // exp(t), summed up as in add_exponentials.
@@ -266,7 +266,7 @@ void differentiate_both(Blocks<A>& blocks, int64_t n, const Normal<A>& normal, c
                         const Coefficients<A>& q) {
   using S = typename A::Scalar;
   using V = typename A::V;
-  const S of_p = normal.of_p, of_q = normal.of_q;
+  const S of_p = normal.of_p, of_q = normal.of_q, over_p = 1 / of_p, over_q = 1 / of_q;
   const double log_r = -(static_cast<double>(of_p) * normal.log_p + static_cast<double>(of_q) * normal.log_q);
   const S inverse_r = static_cast<S>(__builtin_exp(log_r));
   for (int64_t i = 0; i < n; i += kLanes<A>) {
@@ -279,8 +279,8 @@ void differentiate_both(Blocks<A>& blocks, int64_t n, const Normal<A>& normal, c
       g_q = -x.difference();
     } else if (kKind == Divergence::kAlpha) {
       const V r = exp<A>(t_p * of_p + t_q * of_q) * inverse_r;
-      g_p = (p.offset * x.p() - r) / of_q;
-      g_q = (q.offset * x.q() - r) / of_p;
+      g_p = (p.offset * x.p() - r) * over_q;
+      g_q = (q.offset * x.q() - r) * over_p;
     } else if (kKind == Divergence::kJs) {
       V log_p, log_q;
       x.to_mixture(normal, log_p, log_q);
@@ -326,8 +326,9 @@ template <class A>
 void each_row(PairRow<A> kernel, const PairRows& a, int64_t begin, int64_t end) {
   Blocks<A> blocks;
   for (int64_t row = begin; row < end; ++row) {
-    const bool skipped = skip_row(a.p, row) | skip_row(a.q, row);
-    if (!skipped) kernel(a, row, blocks);
+    const bool skipped = skip_row(a.p, row);
+    if (skip_row(a.q, row) || skipped) continue;
+    kernel(a, row, blocks);
   }
 }
 
