@@ -25,6 +25,7 @@ CPU = pytest.param("cpu", "cpu", id="cpu")
 TRITON = pytest.param("triton", "cpu", id="triton-interpreted", marks=interpreted)
 CUDA = pytest.param("triton", "cuda", id="triton-cuda", marks=pytest.mark.gpu)
 EVERY = pytest.mark.parametrize(("impl", "device"), [CPU, TRITON, CUDA])
+# The interpreter is slow, and tests/ops/test_pair_rows.py holds its kernels to the same cases.
 NATIVE = pytest.mark.parametrize(("impl", "device"), [CPU, CUDA])
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -97,14 +98,14 @@ def test_values_and_gradients(options, dtype, kind, impl, device):
     check(kind, *make((6, 1100), dtype), impl, device, **options)
 
 
-@EVERY
+@NATIVE
 @ALL_KINDS
 @pytest.mark.parametrize("trained", [(True, False), (False, True)], ids=["first", "other"])
 def test_one_side_alone(trained, kind, impl, device):
     check(kind, *make((5, 300)), impl, device, trained=trained)
 
 
-@EVERY
+@NATIVE
 @ALL_KINDS
 @pytest.mark.parametrize("gradient", [("divergence",), ("logps", "other_entropy"), ("other_logps",)], ids=str)
 def test_upstream_gradients_of_some(gradient, kind, impl, device):
@@ -118,14 +119,14 @@ def test_shapes(shape, kind, impl, device):
     check(kind, *make(shape), impl, device)
 
 
-@EVERY
+@NATIVE
 @pytest.mark.parametrize("shape", [(9,), (2, 3, 9), (2, 0, 9)])
 def test_leading_dimensions_are_kept(shape, impl, device):
     actual = check("js", *make(shape, ignored="none"), impl, device)
     assert all(actual[name].shape == shape[:-1] for name in ("divergence", "logps", "other_entropy"))
 
 
-@EVERY
+@NATIVE
 @ALL_KINDS
 @pytest.mark.parametrize("ignored", ["some", "all"])
 def test_ignored_rows_are_inert_whatever_they_hold(ignored, kind, impl, device):
@@ -137,7 +138,7 @@ def test_ignored_rows_are_inert_whatever_they_hold(ignored, kind, impl, device):
         assert (value[targets == IGNORE] == 0).all()
 
 
-@EVERY
+@NATIVE
 @ALL_KINDS
 def test_without_targets_every_row_counts(kind, impl, device):
     logits, other, _ = make((4, 300))
@@ -154,7 +155,7 @@ def test_logits_of_any_magnitude(scale, kind, impl, device):
     check(kind, logits * scale, other * scale, targets, impl, device)
 
 
-@EVERY
+@NATIVE
 @ALL_KINDS
 def test_close_distributions_keep_their_distance(kind, impl, device):
     """What is of second order in the difference of the logits is not lost among first-order roundings."""
@@ -168,7 +169,7 @@ def test_close_distributions_keep_their_distance(kind, impl, device):
         assert ((actual - truth) / truth).abs().max() < 1e-4
 
 
-@EVERY
+@NATIVE
 @ALL_KINDS
 def test_equal_distributions_do_not_differ(kind, impl, device):
     logits, _, targets = make((6, 1100), torch.float16)
@@ -223,7 +224,7 @@ def test_inequalities_between_the_kinds(seed, scale, beta):
     torch.testing.assert_close(near_zero, value("kl_qp"), rtol=1e-2, atol=1e-4)
 
 
-@EVERY
+@NATIVE
 @ALL_KINDS
 def test_float64_gradcheck(kind, impl, device):
     logits, other, targets = (x.to(device) for x in make((3, 7), torch.float64))

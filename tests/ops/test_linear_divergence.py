@@ -27,7 +27,8 @@ interpreted = pytest.mark.skipif(
 TRITON = pytest.param("triton", "cpu", id="triton-interpreted", marks=interpreted)
 CUDA = pytest.param("triton", "cuda", id="triton-cuda", marks=pytest.mark.gpu)
 EVERY = pytest.mark.parametrize(("impl", "device"), [CPU, TRITON, CUDA])
-NATIVE = pytest.mark.parametrize(("impl", "device"), [CPU, CUDA])  # too large for the interpreter
+# The interpreter is slow, and how tiles are walked is not its own.
+NATIVE = pytest.mark.parametrize(("impl", "device"), [CPU, CUDA])
 ALL_KINDS = pytest.mark.parametrize("kind", KINDS)
 # One tile of 128 x 1024 of each side at a time: several chunks of rows and slices of the vocabulary, two sweeps.
 TINY = 1
@@ -214,7 +215,7 @@ def test_every_schedule_equals_the_oracle(schedule, budget, kind, impl, device):
     check(case, impl, device, schedule=schedule, memory_budget=budget)
 
 
-@EVERY
+@NATIVE
 @ALL_KINDS
 @pytest.mark.parametrize("trained", list(TRAINED))
 def test_gradient_to_either_side_or_both(trained, kind, impl, device):
@@ -232,7 +233,7 @@ def test_every_dtype(dtype, kind, impl, device):
         check(case, impl, device, schedule=schedule)
 
 
-@EVERY
+@NATIVE
 @ALL_KINDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_logits_are_not_rounded(dtype, kind, impl, device):
@@ -253,7 +254,7 @@ def test_shapes(T, V, kind, impl, device):
     check(case, impl, device, schedule="recompute", memory_budget=TINY)
 
 
-@EVERY
+@NATIVE
 @ALL_KINDS
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])
 def test_ignored_rows_are_inert_whatever_they_hold(ignored, kind, impl, device):
@@ -266,7 +267,7 @@ def test_ignored_rows_are_inert_whatever_they_hold(ignored, kind, impl, device):
             assert all((value == 0).all() for value in actual.values())
 
 
-@EVERY
+@NATIVE
 @ALL_KINDS
 @pytest.mark.parametrize(
     "gradient", ["zero", "sparse", "divergence", "logps", "logps other_logps entropy", "divergence other_entropy"]
@@ -279,7 +280,7 @@ def test_upstream_gradients(gradient, kind, impl, device):
             assert all((value == 0).all() for name, value in actual.items() if name.startswith("d_"))
 
 
-@EVERY
+@NATIVE
 @ALL_KINDS
 def test_without_targets_every_row_counts(kind, impl, device):
     case = make(kind, few(40, impl, device), 300)
@@ -289,7 +290,7 @@ def test_without_targets_every_row_counts(kind, impl, device):
     assert (actual["divergence"] > 0).all()
 
 
-@EVERY
+@NATIVE
 @ALL_KINDS
 def test_equal_sides_do_not_differ(kind, impl, device):
     case = make(kind, 9, 1100, D=6)
@@ -312,7 +313,7 @@ def test_large_logits(kind, impl, device):
     check(case, impl, device)
 
 
-@EVERY
+@NATIVE
 @ALL_KINDS
 def test_disjoint_distributions_reach_the_maximum(kind, impl, device):
     case = make(kind, 5, 1100, ignored="none", outputs=())
@@ -346,7 +347,7 @@ def test_masked_vocabulary_entries_do_not_count(kind, impl, device):
             torch.testing.assert_close(value.double(), expected[name], rtol=2e-5, atol=2e-5, msg=name)
 
 
-@EVERY
+@NATIVE
 def test_a_missing_support_is_infinitely_far_in_kl_and_finitely_in_the_others(impl, device):
     values = {}
     for kind in KINDS:
@@ -361,7 +362,7 @@ def test_a_missing_support_is_infinitely_far_in_kl_and_finitely_in_the_others(im
     assert values["kl_pq"]["d_hidden"].isnan().all(), "no plausible number"
 
 
-@EVERY
+@NATIVE
 @ALL_KINDS
 @pytest.mark.parametrize("schedule", ["retain", "recompute"])
 def test_float64_gradcheck(schedule, kind, impl, device):
@@ -381,7 +382,7 @@ def test_float64_gradcheck(schedule, kind, impl, device):
     assert torch.autograd.gradcheck(op, tensors)
 
 
-@EVERY
+@NATIVE
 @pytest.mark.parametrize("kind", ["kl_pq", "kl_qp", "js", "alpha"])  # tv's gradient jumps where p = q
 def test_small_gradients_do_not_underflow_in_half_precision(kind, impl, device):
     """Sides as close as half precision can tell apart, and upstream gradients of a mean over many tokens."""
@@ -424,7 +425,7 @@ def test_weight_grad_out_accumulates(kind, schedule, dtype, impl, device):
         assert (error <= torch.finfo(dtype).eps * twice.abs() + rounding).all()
 
 
-@EVERY
+@NATIVE
 def test_both_sides_may_be_one_head(impl, device):
     case = make("kl_pq", few(40, impl, device), 300, D=6, extras="")
     case.tensors["other_weight"] = case.tensors["weight"]
@@ -439,7 +440,7 @@ def test_both_sides_may_be_one_head(impl, device):
     torch.testing.assert_close(weight.grad.cpu().double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@EVERY
+@NATIVE
 @pytest.mark.parametrize("kind", ["kl_qp", "js"])
 def test_inputs_of_any_layout(kind, impl, device):
     case = make(kind, 12, 300, extras="bias temperatures")
@@ -540,7 +541,7 @@ def test_a_frozen_side_costs_no_gradient_product(monkeypatch):
     assert sum(counted) == 3 * 2 * T * D * V + 2 * T * E * V, "only its logits"
 
 
-@EVERY
+@NATIVE
 def test_memory_runs_out_while_retaining(impl, device, monkeypatch, caplog):
     case = make("js", 20, 300)
     expected = run(case, prefcore.linear_divergence, device=device, impl=impl, schedule="recompute")
