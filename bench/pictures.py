@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from bench.table import environment
+from bench.measure import environment
 from prefcore.data import PackedBatch, pack
 
 HERE = Path(__file__).parent

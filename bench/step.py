@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from bench.measure import dated, environment, resident, seconds, write
 from bench.step_cases import (
     MODELS,
     PROVIDERS,
@@ -41,7 +42,6 @@ from bench.step_cases import (
     one_by_one,
     refuse_errors,
 )
-from bench.table import environment, resident, seconds, write
 
 SKIPS = (LookupError, NotImplementedError, torch.OutOfMemoryError)
 
@@ -81,7 +81,9 @@ def main() -> None:
     )
     report = {**environment(command, options.device), "rows": rows}
     print(markdown(report))
-    write(report, options, f"step-{options.model}-")
+    path = options.output or dated(options.device, f"step-{options.model}-", f"-{options.dtype}")
+    write(report, path)
+    print(f"\nwritten to {path}", file=sys.stderr)
 
 
 def worker(what: str) -> Any:

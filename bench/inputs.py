@@ -1,0 +1,300 @@
+"""The tensors of each op, the float64 truth of its result, and the losses as formulas of log-probabilities."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BETA = 0.1  # of DPO and ORPO
+CLIP, KL = 0.2, 0.04  # of GRPO
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """Of a published model."""
+
+    D: int
+    V: int
+    softcap: float | None = None
+
+
+MODELS = {
+    "qwen2.5-0.5b": Head(896, 151936),
+    "qwen2.5-7b": Head(3584, 152064),
+    "llama-3-8b": Head(4096, 128256),
+    "gemma-2-2b": Head(2304, 256000, softcap=30.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    T: int  # rows that are scored
+    D: int  # hidden size
+    V: int  # vocabulary
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    softcap: float | None = None
+    length: int = 512  # tokens of a response, where the op has responses
+    prompt: int = 512  # rows of a prompt before each response, which need no score
+
+    @property
+    def sequences(self) -> int:
+        return self.T // self.length
+
+    @property
+    def prompts(self) -> int:
+        return self.sequences * self.prompt
+
+    def as_json(self) -> dict:
+        return dataclasses.asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def of_json(cls, fields: dict) -> Shape:
+        return cls(**fields | {"dtype": getattr(torch, fields["dtype"])})
+
+
+class Random:
+    """The same numbers in every process that works on the same device."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.like = {"device": shape.device, "dtype": shape.dtype}
+        self.generator = torch.Generator(shape.device).manual_seed(0)
+
+    def normal(self, *size: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        like = self.like if dtype is None else self.like | {"dtype": dtype}
+        return torch.randn(size, generator=self.generator, **like).mul_(scale)
+
+    def tokens(self, count: int, vocab: int) -> Tensor:
+        return torch.randint(vocab, (count,), generator=self.generator, device=self.like["device"])
+
+
+class Inputs:
+    """``hidden [T, D]``, ``weight [V, D]``, ``targets [T]``, and the gradient of the log-probs ``upstream [T]``.
+
+    Logits have a standard deviation of 1.
+    """
+
+    def __init__(self, shape: Shape, head: str) -> None:
+        self.shape, self.gradient = shape, head != "none"
+        self.random = Random(shape)
+        self.hidden = self.random.normal(*self.hidden_size(), shape.D).requires_grad_(self.gradient)
+        self.weight = self.random.normal(shape.V, shape.D, scale=shape.D**-0.5).requires_grad_(head == "trained")
+        self.targets = self.random.tokens(shape.T, shape.V)
+        self.upstream = self.random.normal(shape.T, scale=1 / shape.T, dtype=torch.float32)
+        self.complete()
+
+    def hidden_size(self) -> tuple[int, ...]:
+        return (self.shape.T,)
+
+    def complete(self) -> None:
+        """What an op needs besides."""
+
+    def leaves(self) -> list[Tensor]:
+        return [leaf for leaf in (self.hidden, self.weight) if leaf.requires_grad]
+
+    def clear(self) -> None:
+        for leaf in self.leaves():
+            leaf.grad = None
+
+    def rows(self) -> Tensor:
+        """``[T, D]``, the rows that are scored, in the order of ``targets``."""
+        return self.hidden
+
+    def truth(self, rows: int | None = None) -> Tensor:
+        """The log-probabilities in float64, of the first ``rows`` only if that is given."""
+        with torch.no_grad():
+            return exact_logps(self.rows()[:rows], self.weight, self.targets[:rows], self.shape.softcap)
+
+    def loss(self, logps: Tensor) -> Tensor:
+        """The op's loss of the log-probabilities ``[T]``."""
+        return (logps * self.upstream.to(logps.dtype)).sum()
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def exact_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """In slices of rows and of the vocabulary, so that float64 copies stay small beside the inputs."""
+    out = []
+    for some, wanted in zip(hidden.split(2048), targets.split(2048), strict=True):
+        wide = some.to(dtype)
+        slices = [capped(wide @ part.to(dtype).t(), softcap).logsumexp(1) for part in weight.split(16384)]
+        chosen = capped((wide * weight[wanted].to(dtype)).sum(1), softcap)
+        out.append(chosen - torch.stack(slices).logsumexp(0))
+    return torch.cat(out) if out else hidden.new_empty(0, dtype=dtype)
+
+
+class Sequences(Inputs):
+    """Responses of ``length`` tokens."""
+
+    def complete(self) -> None:
+        shape = self.shape
+        if shape.T % shape.length:
+            raise LookupError(f"T={shape.T} is no multiple of the responses' {shape.length} tokens (--length)")
+        self.cu_seqlens = list(range(0, shape.T + 1, shape.length))
+
+    def reference(self) -> tuple[Tensor, Tensor]:
+        """Hidden states of a reference model and its log-probs; its head is the policy's."""
+        hidden = self.random.normal(*self.hidden_size(), self.shape.D)
+        own, self.hidden = self.hidden, hidden
+        with torch.no_grad():
+            logps = exact_logps(self.rows(), self.weight, self.targets, self.shape.softcap, torch.float32)
+        self.hidden = own
+        return hidden, logps
+
+
+class Pairs(Sequences):
+    """``hidden [S, prompt + length, D]``: the chosen responses with their prompts, then the rejected ones.
+
+    Scored are the responses' rows, each pair's chosen before its rejected one; ``labels [S, prompt + length]`` are the
+    same targets where they lie, -100 elsewhere.
+    """
+
+    def hidden_size(self) -> tuple[int, ...]:
+        return self.shape.sequences, self.shape.prompt + self.shape.length
+
+    def complete(self) -> None:
+        super().complete()
+        shape = self.shape
+        if shape.sequences % 2:
+            raise LookupError(f"T={shape.T} is no number of pairs of responses of {shape.length} tokens (--length)")
+        pairs, total = shape.sequences // 2, shape.prompt + shape.length
+        order = torch.arange(shape.sequences, device=shape.device).view(2, pairs).t().reshape(-1, 1)
+        index = order * total + torch.arange(shape.prompt, total, device=shape.device)
+        self.index = index.flatten()
+        labels = torch.full((shape.sequences * total,), -100, device=shape.device)
+        labels[self.index] = self.targets
+        self.labels = labels.view(shape.sequences, total)
+        self.cu_groups = list(range(0, shape.sequences + 1, 2))
+        self.ref_hidden, self.ref_logps = self.reference()
+
+    def rows(self) -> Tensor:
+        return self.hidden.view(-1, self.shape.D).index_select(0, self.index)
+
+    def sums(self, logps: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, rejected = logps.view(-1, 2, self.shape.length).sum(2).unbind(1)
+        return chosen, rejected
+
+
+class DPO(Pairs):
+    def losses(self, logps: Tensor, rows: slice = slice(None)) -> Tensor:
+        """``[n]``, of the pairs whose log-probabilities are given."""
+        chosen, rejected = self.sums(logps)
+        ref_chosen, ref_rejected = self.sums(self.ref_logps[rows].to(logps.dtype))
+        return -F.logsigmoid(BETA * ((chosen - ref_chosen) - (rejected - ref_rejected)))
+
+    def loss(self, logps: Tensor) -> Tensor:
+        return self.losses(logps).mean()
+
+
+class ORPO(Pairs):
+    def losses(self, logps: Tensor, rows: slice = slice(None)) -> Tensor:
+        chosen, rejected = (total / self.shape.length for total in self.sums(logps))
+        odds = (chosen - torch.log(-torch.expm1(chosen))) - (rejected - torch.log(-torch.expm1(rejected)))
+        return -chosen - BETA * F.logsigmoid(odds)
+
+    def loss(self, logps: Tensor) -> Tensor:
+        return self.losses(logps).mean()
+
+
+class GRPO(Sequences):
+    """Advantages ``[S]``; the behaviour policy's and the reference's log-probs are given."""
+
+    def complete(self) -> None:
+        super().complete()
+        self.advantages = self.random.normal(self.shape.sequences, dtype=torch.float32)
+        _, self.ref_logps = self.reference()
+        with torch.no_grad():
+            own = exact_logps(self.hidden, self.weight, self.targets, self.shape.softcap, torch.float32)
+        self.old_logps = own + self.random.normal(self.shape.T, scale=0.1, dtype=torch.float32)
+
+    def losses(self, logps: Tensor, rows: slice = slice(None)) -> Tensor:
+        """``[n]``, of the tokens whose log-probabilities are given; prefcore has no such loss of its own yet."""
+        advantages = self.advantages.repeat_interleave(self.shape.length)[rows].to(logps.dtype)
+        ratio = torch.exp(logps - self.old_logps[rows].to(logps.dtype))
+        gap = self.ref_logps[rows].to(logps.dtype) - logps
+        surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+        return KL * (torch.expm1(gap) - gap) - surrogate
+
+    def loss(self, logps: Tensor) -> Tensor:
+        return self.losses(logps).mean()
+
+
+class CrossEntropy(Inputs):
+    def loss(self, logps: Tensor) -> Tensor:
+        return -logps.mean()
+
+
+class Divergence(Inputs):
+    """Another model's hidden states and head; the mean Jensen-Shannon divergence, with gradients to the first model."""
+
+    def complete(self) -> None:
+        shape = self.shape
+        self.other_hidden = self.random.normal(shape.T, shape.D)
+        self.other_weight = self.random.normal(shape.V, shape.D, scale=shape.D**-0.5)
+
+    def truth(self, rows: int | None = None) -> Tensor:
+        """The divergences in float64."""
+        with torch.no_grad():
+            weight, other = self.weight.double(), self.other_weight.double()
+            some = [
+                divergences(h.double(), weight, o.double(), other, self.shape.softcap)
+                for h, o in zip(self.hidden[:rows].split(512), self.other_hidden[:rows].split(512), strict=True)
+            ]
+        return torch.cat(some)
+
+    def loss(self, values: Tensor) -> Tensor:
+        return values.mean()
+
+
+def divergences(hidden: Tensor, weight: Tensor, other_hidden: Tensor, other_weight: Tensor, softcap) -> Tensor:
+    p, q = (
+        capped(h @ w.t(), softcap).to(torch.promote_types(h.dtype, torch.float32)).log_softmax(1)
+        for h, w in ((hidden, weight), (other_hidden, other_weight))
+    )
+    mean = torch.logaddexp(p, q) - math.log(2)
+    return 0.5 * (p.exp() * (p - mean) + q.exp() * (q - mean)).sum(1)
+
+
+class Logits(Inputs):
+    """``logits [T, V]`` as given."""
+
+    def __init__(self, shape: Shape, head: str) -> None:
+        self.shape, self.gradient = shape, head != "none"
+        self.random = Random(shape)
+        self.logits = self.random.normal(shape.T, shape.V).requires_grad_(self.gradient)
+        self.targets = self.random.tokens(shape.T, shape.V)
+        self.upstream = self.random.normal(shape.T, scale=1 / shape.T, dtype=torch.float32)
+
+    def leaves(self) -> list[Tensor]:
+        return [self.logits] if self.gradient else []
+
+    def truth(self, rows: int | None = None) -> Tensor:
+        with torch.no_grad():
+            some = [
+                capped(part.double(), self.shape.softcap).log_softmax(1).gather(1, wanted[:, None])[:, 0]
+                for part, wanted in zip(self.logits[:rows].split(512), self.targets[:rows].split(512), strict=True)
+            ]
+        return torch.cat(some)
+
+
+INPUTS: dict[str, Callable[[Shape, str], Inputs]] = {
+    "linear_logprobs": Inputs,
+    "linear_loss": Inputs,
+    "cross_entropy": CrossEntropy,
+    "dpo": DPO,
+    "orpo": ORPO,
+    "grpo": GRPO,
+    "linear_divergence": Divergence,
+    "logprobs": Logits,
+}
