@@ -172,9 +172,16 @@ def describe(case: Case, shape: Shape) -> dict:
     if case.op in ("dpo", "orpo"):
         sizes["prompt"] = shape.prompt
     return {
-        "op": case.op, "provider": case.provider, "schedule": case.schedule, "head": case.head, "case": case.name,
+        "op": case.op,
+        "provider": case.provider,
+        "schedule": case.schedule,
+        "head": case.head,
+        "case": case.name,
         **sizes,
-        "floor": case.gemms, "flops": case.flops(shape), "bytes": case.bytes(shape), "note": case.note,
+        "floor": case.gemms,
+        "flops": case.flops(shape),
+        "bytes": case.bytes(shape),
+        "note": case.note,
     }
 
 

@@ -105,10 +105,17 @@ def draw(report: dict, folder: Path) -> list[str]:
     rows = [row for row in report["rows"] if "milliseconds" in row]
     stem = report["device"].split(" @")[0].replace(" ", "-").replace("(R)", "")
     names = []
+    # prefcore's linear_loss does the job of linear_logprobs and its backward.
+    swept = [
+        row | {"op": "linear_logprobs"} if row["op"] == "linear_loss" and row["provider"] == "prefcore" else row
+        for row in rows
+    ]
     for size, fixed in (("T", table_of), ("V", lambda row: (row["op"], row["T"], row["D"], row["dtype"]))):
-        for some in grouped(rows, fixed):
+        for some in grouped(swept, fixed):
             if len({row[size] for row in some}) > 1:
-                names.append(f"{stem}-{some[0]['op']}-{size}-{some[0]['D']}-{some[0]['V' if size == 'T' else 'T']}.png")
+                other = "V" if size == "T" else "T"
+                dtype = some[0]["dtype"]
+                names.append(f"{stem}-{some[0]['op']}-{size}-{some[0]['D']}-{some[0][other]}-{dtype}.png")
                 draw_sweep(some, size, folder / names[-1])
     for some in grouped(rows, lambda row: (*table_of(row), row["T"])):
         first = some[0]

@@ -81,7 +81,7 @@ class Bench:
             raise LookupError(f"would take about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
 
     def time(self, case: str, shape: dict) -> dict:
-        """Everything up to the rounds: compilation, the error, on a GPU the memory, and what the floor is counted in."""
+        """Everything up to the rounds: compilation, the error, on a GPU the memory."""
         import torch
 
         self.load(case, shape)
@@ -119,7 +119,7 @@ class Bench:
         return row
 
     def bandwidth(self) -> float:
-        """Bytes a second, read and written, of a copy that no cache holds."""
+        """Bytes a second, read and written, of a copy that no cache holds; the best of three."""
         import torch
 
         from bench.measure import seconds
@@ -128,7 +128,7 @@ class Bench:
         given = torch.zeros(size, dtype=torch.uint8, device=self.device)
         taken = torch.empty_like(given)
         taken.copy_(given)
-        return 2 * size / sorted(seconds(lambda: taken.copy_(given), given) for _ in range(5))[2]
+        return 2 * size / min(seconds(lambda: taken.copy_(given), given) for _ in range(3))
 
     def gemm(self) -> float:
         """Seconds of one product [T, D] x [D, V]; of no more than 8192 rows, scaled."""
