@@ -19,7 +19,7 @@ import torch
 from bench.against import revision
 from bench.cases import CASES, HEADS, OPS, TITLES, Case
 from bench.inputs import DTYPES, MODELS, Shape
-from bench.measure import ROOT, Session, environment, write
+from bench.measure import ROOT, Session, environment, failures, write
 from bench.report import markdown
 
 
@@ -69,7 +69,7 @@ def main() -> None:
                 if options.json:
                     write(report, options.json)
     print(markdown(report))
-    if any("failed" in row for row in report["rows"]):
+    if failures(report):
         raise SystemExit(1)
 
 

@@ -135,13 +135,15 @@ def exact_logps(
 
 
 class Sequences(Inputs):
-    """Responses of ``length`` tokens."""
+    """Responses of ``length`` tokens; ``losses`` are those of the tokens or pairs whose log-probs are given."""
+
+    def losses(self, logps: Tensor, rows: slice = slice(None)) -> Tensor:
+        raise NotImplementedError
 
     def complete(self) -> None:
         shape = self.shape
         if shape.T % shape.length:
             raise LookupError(f"T={shape.T} is no multiple of the responses' {shape.length} tokens (--length)")
-        self.cu_seqlens = list(range(0, shape.T + 1, shape.length))
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """Hidden states of a reference model and its log-probs; its head is the policy's."""

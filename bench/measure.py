@@ -1,4 +1,4 @@
-"""How a case is measured: in a process of its own on a CPU, in one of its provider's on a GPU; see bench/README.md.
+"""How a case is measured: in a process of its own on a CPU, in one of its provider's on a GPU.
 
 On a shared machine seconds do not hold, but ratios to work that is timed right before and after do. So every round
 times a product ``[T, D] x [D, V]`` (of given logits: a large copy), the case, and the product again, and what is quoted
@@ -51,7 +51,7 @@ def resident(field: str) -> int:
 
 
 class Session:
-    """Processes that measure; the first line of :meth:`measure` is the whole story.
+    """Processes that measure, started when a case needs one.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -125,7 +125,7 @@ class Worker:
         if session.prefcore is not None:
             command += ["--prefcore", str(session.prefcore)]
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.limit, self.sound, self.rest = session.limit, True, b""
+        self.session, self.sound, self.rest = session, True, b""
 
     def ask(self, **request: object) -> dict:
         assert self.process.stdin is not None
@@ -136,14 +136,14 @@ class Worker:
         except (BrokenPipeError, EOFError):
             answer = {"failed": f"its process ended with {self.process.wait()}"}
         except TimeoutError:
-            answer = {"failed": f"no answer in {self.limit:.0f} s"}
+            answer = {"failed": f"no answer in {self.session.limit:.0f} s"}
         # After an unforeseen error a CUDA context may be lost, and memory held.
         self.sound &= "failed" not in answer
         return answer
 
     def answer(self) -> dict:
         assert self.process.stdout is not None
-        end = time.monotonic() + self.limit
+        end = time.monotonic() + self.session.limit
         while b"\n" not in self.rest:
             ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))
             if not ready:
@@ -161,6 +161,11 @@ class Worker:
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+def failures(report: dict) -> list[str]:
+    """What prefcore should have done and did not; a peer that fails is a row of the table like another."""
+    return [row["failed"] for row in report["rows"] if "failed" in row and row["provider"] == "prefcore"]
 
 
 def describe(case: Case, shape: Shape) -> dict:

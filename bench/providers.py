@@ -18,7 +18,6 @@ import prefcore
 from bench.inputs import (
     BETA,
     CLIP,
-    DPO,
     GRPO,
     KL,
     ORPO,
@@ -27,6 +26,7 @@ from bench.inputs import (
     Inputs,
     Logits,
     Pairs,
+    Sequences,
     capped,
     divergences,
 )
@@ -200,9 +200,9 @@ def loss_alone(load: Callable[[Inputs, str], Callable[[], Tensor]]) -> Callable[
 
 
 def prefcore_loop(inputs: Inputs, schedule: str) -> Step:
-    T = inputs.shape.T
+    # Groups as a batch has them: one for each token would cost the host more than the rest.
+    offsets = [*range(0, inputs.shape.T, inputs.shape.length), inputs.shape.T]
     options: dict[str, Any] = {"normalizer": 1}
-    offsets = list(range(T + 1))
 
     def closure(stats: prefcore.TokenStats, tile: prefcore.Tile) -> Tensor:
         return stats.logps * inputs.upstream[tile.tokens].to(stats.logps.dtype)
@@ -213,13 +213,12 @@ def prefcore_loop(inputs: Inputs, schedule: str) -> Step:
             return -stats.logps
 
         options = {}
-    elif isinstance(inputs, DPO | ORPO | GRPO):
+    elif isinstance(inputs, Sequences):
 
         def closure(stats: prefcore.TokenStats, tile: prefcore.Tile) -> Tensor:
             return inputs.losses(stats.logps, tile.tokens)
 
         options = {"cu_groups": inputs.cu_groups} if isinstance(inputs, Pairs) else {}
-        offsets = inputs.cu_seqlens
 
     def step() -> Result:
         inputs.clear()

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -188,23 +189,7 @@ def test_errors_become_answers(error, answer, monkeypatch):
 
 def test_the_command_prints_a_table_and_writes_what_it_measured(tmp_path):
     path = tmp_path / "own.json"
-    sizes = [
-        "--op",
-        "logprobs",
-        "linear_logprobs",
-        "--T",
-        "16",
-        "--D",
-        "8",
-        "--V",
-        "64",
-        "--rounds",
-        "2",
-        "--threads",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    sizes = shlex.split("--op logprobs linear_logprobs --T 16 --D 8 --V 64 --rounds 2 --threads 1 --device cpu")
     some = ["--provider", "prefcore", "cce", "--schedule", "", "recompute", "exact", "--head", "none", "trained"]
     command = [sys.executable, "-m", "bench", *sizes, *some, "--json", path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
