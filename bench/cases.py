@@ -17,6 +17,7 @@ TITLES = {
     "liger": "Liger-Kernel",
     "cce": "cut-cross-entropy",
 }
+OF_LOGITS = ("logprobs", "divergence")
 HEADS = {"none": "no gradient", "frozen": "head frozen", "trained": "head trained"}
 
 
@@ -36,13 +37,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        gradient = "with gradient" if self.op == "logprobs" and self.head == "frozen" else HEADS[self.head]
+        gradient = "with gradient" if self.op in OF_LOGITS and self.head == "frozen" else HEADS[self.head]
         return f"{TITLES[self.provider]} {self.schedule}".strip() + f", {gradient}"
 
     @property
     def gemms(self) -> int:
         """The GEMMs ``[T, D] x [D, V]`` that nobody can do without."""
-        if self.op == "logprobs":
+        if self.op in OF_LOGITS:
             return 0
         other = self.op == "linear_divergence"  # the logits of the other model, which gets no gradient
         return {"none": 1, "frozen": 2, "trained": 3}[self.head] + other
@@ -56,8 +57,9 @@ class Case:
         Gradients of given logits cost a second read, since the gradient of the log-probs comes after the first.
         """
         size = shape.dtype.itemsize
-        if self.op == "logprobs":
-            return shape.T * shape.V * size * (1 if self.head == "none" else 3)
+        if self.op in OF_LOGITS:
+            read = 1 if self.op == "logprobs" else 2
+            return shape.T * shape.V * size * (read if self.head == "none" else 2 * read + 1)
         hidden, weight = shape.T * shape.D * size, shape.V * shape.D * size
         read = (hidden + weight) * (2 if self.op == "linear_divergence" else 1)
         return read + (hidden if self.head != "none" else 0) + (weight if self.head == "trained" else 0)
@@ -67,8 +69,8 @@ class Case:
         rows = shape.T + (shape.prompts if self.schedule == "all rows" else 0)
         if self.provider in ("pytorch", "compile"):
             # Logits, then in float32 the same, their log-softmax and its gradient.
-            return rows * shape.V * (2 * shape.dtype.itemsize + 12) * (2 if self.op == "linear_divergence" else 1)
-        if self.op == "logprobs":
+            return rows * shape.V * (2 * shape.dtype.itemsize + 12) * (2 if "divergence" in self.op else 1)
+        if self.op in OF_LOGITS:
             return shape.T * shape.V * 12
         if self.schedule == "retain":
             return rows * shape.V * shape.dtype.itemsize
@@ -154,7 +156,8 @@ def _grpo() -> Iterator[Case]:
 
 def _linear_divergence() -> Iterator[Case]:
     for head in ("frozen", "trained"):
-        yield Case("linear_divergence", "prefcore", "auto", head)
+        for schedule in ("auto", "retain", "recompute"):
+            yield Case("linear_divergence", "prefcore", schedule, head)
         yield Case("linear_divergence", "pytorch", "autograd", head)
         yield Case("linear_divergence", "compile", "", head)
         yield Case("linear_divergence", "trl", "chunked", head, _TRL)
@@ -170,11 +173,17 @@ def _logprobs() -> Iterator[Case]:
         yield Case("logprobs", "trl", "", head, "computes the entropy as well; on a CPU one row after another")
 
 
+def _divergence() -> Iterator[Case]:
+    for head in ("none", "frozen"):
+        for provider in ("prefcore", "pytorch", "compile"):
+            yield Case("divergence", provider, "", head)
+
+
 CASES = {
     case.key: case
     for case in itertools.chain(
         _linear_logprobs(), _linear_loss(), _cross_entropy(), _pairs("dpo"), _pairs("orpo"), _grpo(),
-        _linear_divergence(), _logprobs(),
+        _linear_divergence(), _logprobs(), _divergence(),
     )
 }  # fmt: skip
 OPS = tuple(dict.fromkeys(case.op for case in CASES.values()))

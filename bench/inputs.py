@@ -250,7 +250,7 @@ class Divergence(Inputs):
         with torch.no_grad():
             weight, other = self.weight.double(), self.other_weight.double()
             some = [
-                divergences(h.double(), weight, o.double(), other, self.shape.softcap)
+                divergences(h.double() @ weight.t(), o.double() @ other.t(), self.shape.softcap)
                 for h, o in zip(self.hidden[:rows].split(512), self.other_hidden[:rows].split(512), strict=True)
             ]
         return torch.cat(some)
@@ -259,11 +259,10 @@ class Divergence(Inputs):
         return values.mean()
 
 
-def divergences(hidden: Tensor, weight: Tensor, other_hidden: Tensor, other_weight: Tensor, softcap) -> Tensor:
-    p, q = (
-        capped(h @ w.t(), softcap).to(torch.promote_types(h.dtype, torch.float32)).log_softmax(1)
-        for h, w in ((hidden, weight), (other_hidden, other_weight))
-    )
+def divergences(logits: Tensor, other_logits: Tensor, softcap: float | None) -> Tensor:
+    """``[T]``, the Jensen-Shannon divergences of the rows' distributions."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    p, q = (capped(z, softcap).to(wide).log_softmax(1) for z in (logits, other_logits))
     mean = torch.logaddexp(p, q) - math.log(2)
     return 0.5 * (p.exp() * (p - mean) + q.exp() * (q - mean)).sum(1)
 
@@ -290,6 +289,22 @@ class Logits(Inputs):
         return torch.cat(some)
 
 
+class LogitPairs(Logits):
+    """Those of another model as well; the Jensen-Shannon divergences, with gradients to the first model."""
+
+    def __init__(self, shape: Shape, head: str) -> None:
+        super().__init__(shape, head)
+        self.other_logits = self.random.normal(shape.T, shape.V)
+
+    def truth(self, rows: int | None = None) -> Tensor:
+        with torch.no_grad():
+            some = [
+                divergences(part.double(), other.double(), self.shape.softcap)
+                for part, other in zip(self.logits[:rows].split(512), self.other_logits[:rows].split(512), strict=True)
+            ]
+        return torch.cat(some)
+
+
 INPUTS: dict[str, Callable[[Shape, str], Inputs]] = {
     "linear_logprobs": Inputs,
     "linear_loss": Inputs,
@@ -299,4 +314,5 @@ INPUTS: dict[str, Callable[[Shape, str], Inputs]] = {
     "grpo": GRPO,
     "linear_divergence": Divergence,
     "logprobs": Logits,
+    "divergence": LogitPairs,
 }

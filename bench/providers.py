@@ -24,6 +24,7 @@ from bench.inputs import (
     CrossEntropy,
     Divergence,
     Inputs,
+    LogitPairs,
     Logits,
     Pairs,
     Sequences,
@@ -348,15 +349,16 @@ def prefcore_divergence(inputs: Divergence, schedule: str) -> Callable[[], Tenso
     op = getattr(prefcore, "linear_divergence", None)
     if op is None:
         raise LookupError("this prefcore has no linear_divergence")
-    refuse_softcap(inputs, "this case of prefcore.linear_divergence")
     given = (inputs.hidden, inputs.weight, inputs.other_hidden, inputs.other_weight)
-    return lambda: op(*given, kind="js", schedule=schedule).divergence
+    return lambda: op(*given, kind="js", schedule=schedule, softcap=inputs.shape.softcap).divergence
 
 
 def eager_divergence(inputs: Divergence, schedule: str) -> Callable[[], Tensor]:
-    run = torch.compile(divergences, dynamic=False) if schedule == "" else divergences
-    given = (inputs.hidden, inputs.weight, inputs.other_hidden, inputs.other_weight, inputs.shape.softcap)
-    return lambda: run(*given)
+    def forward(hidden: Tensor, weight: Tensor, other_hidden: Tensor, other_weight: Tensor) -> Tensor:
+        return divergences(F.linear(hidden, weight), F.linear(other_hidden, other_weight), inputs.shape.softcap)
+
+    run = torch.compile(forward, dynamic=False) if schedule == "" else forward
+    return lambda: run(inputs.hidden, inputs.weight, inputs.other_hidden, inputs.other_weight)
 
 
 def trl_divergence(inputs: Divergence, schedule: str) -> Callable[[], Tensor]:
@@ -428,6 +430,18 @@ def prefcore_loss(inputs: Inputs, schedule: str) -> Step:
     return prefcore_loop(inputs, schedule) if schedule == "loop" else loss_of(prefcore_logps)(inputs, schedule)
 
 
+def prefcore_divergence_of_logits(inputs: LogitPairs) -> Callable[[Tensor, Tensor], Tensor]:
+    op = getattr(prefcore, "divergence", None)
+    if op is None:
+        raise LookupError("this prefcore has no divergence")
+    softcap = inputs.shape.softcap
+    return lambda logits, targets: op(logits, inputs.other_logits, kind="js", softcap=softcap).divergence
+
+
+def plain_divergence_of_logits(inputs: LogitPairs) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda logits, targets: divergences(logits, inputs.other_logits, inputs.shape.softcap)
+
+
 Builder = Callable[[Any, str], Step]
 BUILDERS: dict[tuple[str, str], Builder] = {
     ("linear_logprobs", "prefcore"): from_logps(prefcore_logps),
@@ -461,4 +475,9 @@ BUILDERS: dict[tuple[str, str], Builder] = {
     ("logprobs", "pytorch"): of_logits(plain_of_logits),
     ("logprobs", "compile"): of_logits(lambda inputs: torch.compile(plain_of_logits(inputs), dynamic=False)),
     ("logprobs", "trl"): of_logits(trl_of_logits),
+    ("divergence", "prefcore"): of_logits(prefcore_divergence_of_logits),
+    ("divergence", "pytorch"): of_logits(plain_divergence_of_logits),
+    ("divergence", "compile"): of_logits(
+        lambda inputs: torch.compile(plain_divergence_of_logits(inputs), dynamic=False)
+    ),
 }

@@ -39,12 +39,30 @@ def heading(report: dict) -> str:
 
 
 def markdown(report: dict) -> str:
-    """A table for each op at each head, sizes of the batch below one another."""
-    return "\n\n".join(table(rows) for rows in grouped(report["rows"], table_of))
+    return "\n\n".join(tables(report))
 
 
-def table_of(row: dict) -> tuple:
-    return (row["op"], row["D"], row["V"], row["dtype"], row.get("softcap"), row.get("length"), row.get("prompt"))
+def tables(report: dict) -> list[str]:
+    """One for each op at each shape, and one for all T where there are several."""
+    out = [table(rows) for rows in grouped(report["rows"], lambda row: (*shape_of(row), row["T"]))]
+    for rows in grouped(swept(report["rows"]), shape_of):
+        if len({row["T"] for row in rows}) > 2:
+            out.append(sweep(rows))
+    return out
+
+
+def shape_of(row: dict) -> tuple:
+    """All sizes but T."""
+    return tuple(row.get(name) for name in ("op", "D", "V", "dtype", "softcap", "length", "prompt"))
+
+
+def swept(rows: Rows) -> Rows:
+    """Those with a time; prefcore's linear_loss does the job of linear_logprobs and its backward."""
+    return [
+        row | {"op": "linear_logprobs"} if row["op"] == "linear_loss" and row["provider"] == "prefcore" else row
+        for row in rows
+        if "milliseconds" in row
+    ]
 
 
 def grouped(rows: Rows, key: Callable[[dict], Any]) -> Iterable[Rows]:
@@ -58,30 +76,46 @@ def grouped(rows: Rows, key: Callable[[dict], Any]) -> Iterable[Rows]:
 def table(rows: Rows) -> str:
     against = any("speedup" in row for row in rows)
     lines = [
-        f"**{title(rows[0])}**",
+        f"**{title(rows[0])}, T = {rows[0]['T']}**",
         "",
-        "| T | | time | over the floor | peak memory | max error of logps | of the loss |"
-        + " this / other |" * against,
-        "| --- | --- | --- | --- | --- | --- | --- |" + " --- |" * against,
+        "| | time | over the floor | peak memory | max error of rows | of the loss |" + " this / other |" * against,
+        "| --- | --- | --- | --- | --- | --- |" + " --- |" * against,
     ]
-    for row in sorted(rows, key=lambda row: row["T"]):
-        place = f"| {row['T']} | {row['case']} "
+    for row in rows:
         refused = row.get("failed") or row.get("skipped")
         if refused:
-            lines.append(f"{place}| {'failed' if 'failed' in row else 'skipped'}: {refused} | | | | |" + " |" * against)
+            how = "failed" if "failed" in row else "skipped"
+            lines.append(f"| {row['case']} | {how}: {refused} | | | | |" + " |" * against)
             continue
         lines.append(
-            f"{place}| {row['milliseconds']:.3g} ms | {row['over_floor']:.2f} | {memory(row)} "
+            f"| {row['case']} | {row['milliseconds']:.3g} ms | {row['over_floor']:.2f} | {memory(row)} "
             f"| {error(row, 'max_error')} | {error(row, 'loss_error')} |"
             + (f" {1 / row['speedup']:.3f} |" if against else "")
         )
-    notes = dict.fromkeys(f"- {row['case']}: {row['note']}" for row in rows if row.get("note") and "skipped" not in row)
+    noted = [row for row in rows if row.get("note") and "skipped" not in row]
+    notes = dict.fromkeys(f"- {row['case']}: {row['note']}" for row in noted)
     return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def sweep(rows: Rows) -> str:
+    """Time and memory, a column for each T."""
+    sizes = sorted({row["T"] for row in rows})
+    lines = [
+        f"**{title(rows[0])}**",
+        "",
+        "| T |" + "".join(f" {T} |" for T in sizes),
+        "| --- |" + " --- |" * len(sizes),
+    ]
+    for some in grouped(rows, lambda row: row["case"]):
+        cells = {row["T"]: f"{row['milliseconds']:.3g} ms, {memory(row)}".rstrip(", ") for row in some}
+        if len(cells) > 1:
+            lines.append(f"| {some[0]['case']} |" + "".join(f" {cells.get(T, '')} |" for T in sizes))
+    return "\n".join(lines)
 
 
 def title(row: dict) -> str:
     sizes = f"D = {row['D']}, V = {row['V']}, {row['dtype']}"
-    if row["op"] == "logprobs":
+    if row["op"] in ("logprobs", "divergence"):
         sizes = f"V = {row['V']}, {row['dtype']}"
     for name, text in (("softcap", "softcap {}"), ("length", "responses of {}"), ("prompt", "prompts of {}")):
         if row.get(name) is not None:
@@ -101,23 +135,17 @@ MEASURES = {"milliseconds": "milliseconds", "peak_mib": "MiB beside the inputs",
 
 
 def draw(report: dict, folder: Path) -> list[str]:
-    """The plots' names: against T and against V where there are several, and the ratios to the floor of every table."""
-    rows = [row for row in report["rows"] if "milliseconds" in row]
+    """The names of the plots: sweeps of T and of V, and the ratios to the floor of every table."""
     stem = report["device"].split(" @")[0].replace(" ", "-").replace("(R)", "")
     names = []
-    # prefcore's linear_loss does the job of linear_logprobs and its backward.
-    swept = [
-        row | {"op": "linear_logprobs"} if row["op"] == "linear_loss" and row["provider"] == "prefcore" else row
-        for row in rows
-    ]
-    for size, fixed in (("T", table_of), ("V", lambda row: (row["op"], row["T"], row["D"], row["dtype"]))):
-        for some in grouped(swept, fixed):
+    for size, fixed in (("T", shape_of), ("V", lambda row: (row["op"], row["T"], row["D"], row["dtype"]))):
+        for some in grouped(swept(report["rows"]), fixed):
             if len({row[size] for row in some}) > 1:
-                other = "V" if size == "T" else "T"
-                dtype = some[0]["dtype"]
+                other, dtype = "V" if size == "T" else "T", some[0]["dtype"]
                 names.append(f"{stem}-{some[0]['op']}-{size}-{some[0]['D']}-{some[0][other]}-{dtype}.png")
                 draw_sweep(some, size, folder / names[-1])
-    for some in grouped(rows, lambda row: (*table_of(row), row["T"])):
+    rows = [row for row in report["rows"] if "milliseconds" in row]
+    for some in grouped(rows, lambda row: (*shape_of(row), row["T"])):
         first = some[0]
         names.append(f"{stem}-{first['op']}-floor-{first['T']}-{first['D']}-{first['V']}-{first['dtype']}.png")
         draw_floor(some, folder / names[-1])

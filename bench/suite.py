@@ -103,6 +103,7 @@ def grid() -> Iterator[Job]:
     yield from ((case, dataclasses.replace(target, T=8192, V=151936)) for case in of["logprobs"])
     yield from ((case, pairs) for case in trained["dpo"])
     yield from ((case, target) for case in trained["cross_entropy"] + trained["grpo"] + trained["linear_divergence"])
+    yield from ((case, dataclasses.replace(target, T=8192, V=151936)) for case in of["divergence"])
     yield from ((case, pairs) for case in trained["orpo"])
 
     swept = [case for case in CASES.values() if case.head == "trained" and key(case) in SWEPT]
@@ -162,10 +163,10 @@ def opened(options: argparse.Namespace) -> tuple[Path, dict]:
     path = options.output or dated(options.device)
     if path.exists():
         old = json.loads(path.read_text())
-        if {**old, "rows": []} == report:
+        if {**old, "date": report["date"], "rows": []} == report:
             return path, old
         if options.output:
-            raise SystemExit(f"{path} is of another commit, machine, day or set of versions; give another --output")
+            raise SystemExit(f"{path} is of another commit, machine or set of versions; give another --output")
         path = dated(options.device, suffix=f"-{report['commit']}")
         if path.exists():
             return path, json.loads(path.read_text())

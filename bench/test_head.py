@@ -8,7 +8,7 @@ from bench.inputs import Shape
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-SHAPES = [(4096, 4096, 128256)] if CUDA else [(512, 256, 8192)]
+SHAPES = [(4096, 4096, 128256)] if CUDA else [(256, 256, 4096)]
 DTYPES = [torch.bfloat16] if CUDA else [torch.float32]
 LENGTH = 512 if CUDA else 64
 ROUNDS = 7 if CUDA else 3

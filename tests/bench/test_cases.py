@@ -15,7 +15,7 @@ import torch
 import prefcore
 from bench import against, measure, report, suite, worker
 from bench.cases import CASES
-from bench.inputs import MODELS, Shape, divergences, exact_logps
+from bench.inputs import MODELS, Shape, capped, divergences, exact_logps
 
 ROOT = Path(__file__).parents[2]
 SHAPE = Shape(64, 16, 96, length=8, prompt=5)
@@ -41,10 +41,12 @@ def inputs_of(case, shape=SHAPE):
 def oracle(inputs):
     """The rows' values, the loss, its gradient in them, and the gradients of the leaves, from float64."""
     if hasattr(inputs, "other_hidden"):
-        others = (inputs.other_hidden.double(), inputs.other_weight.double())
-        rows = divergences(inputs.hidden.double(), inputs.weight.double(), *others, inputs.shape.softcap)
+        other_logits = inputs.other_hidden.double() @ inputs.other_weight.double().t()
+        rows = divergences(inputs.hidden.double() @ inputs.weight.double().t(), other_logits, inputs.shape.softcap)
+    elif hasattr(inputs, "other_logits"):
+        rows = divergences(inputs.logits.double(), inputs.other_logits.double(), inputs.shape.softcap)
     elif hasattr(inputs, "logits"):
-        logits = inputs.logits.double()
+        logits = capped(inputs.logits.double(), inputs.shape.softcap)
         rows = logits.log_softmax(1).gather(1, inputs.targets[:, None])[:, 0]
     else:
         rows = exact_logps(inputs.rows(), inputs.weight, inputs.targets, inputs.shape.softcap)
@@ -64,8 +66,6 @@ def eager_of(case):
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
 @pytest.mark.parametrize("case", [c for c in CASES.values() if "no reference" not in c.schedule], ids=lambda c: c.key)
 def test_a_provider_computes_the_values_and_gradients_of_its_op(case, softcap):
-    if softcap and case.op == "logprobs":
-        pytest.skip("the oracle of given logits has no softcap")
     inputs, step = inputs_of(case, dataclasses.replace(SHAPE, softcap=softcap))
     rows, loss, upstream, gradients = oracle(inputs)
     if case.head == "none":
@@ -127,6 +127,8 @@ def test_floors_are_the_products_and_the_bytes_that_nobody_can_do_without():
     assert floor("linear_divergence/trl/chunked/trained") == (4 * unit, 3 * hidden + 3 * weight)
     assert floor("logprobs/prefcore//none") == (0, 2 * 48 * 96)
     assert floor("logprobs/prefcore//frozen") == (0, 3 * 2 * 48 * 96)
+    assert floor("divergence/prefcore//none") == (0, 2 * 2 * 48 * 96)
+    assert floor("divergence/prefcore//frozen") == (0, 5 * 2 * 48 * 96)
 
 
 @pytest.mark.parametrize("schedule", ["forward", "frozen", "retain", "recompute"])
