@@ -167,6 +167,8 @@ def draw_sweep(rows: Rows, size: str, path: Path) -> None:
     plot, axes = figure(15, 4.6, panels=3)
     styles = itertools.cycle(["o-", "s--", "^-.", "D:", "v-", "P--", "X-."])
     for curve, style in zip(grouped(rows, lambda row: row["case"]), styles, strict=False):
+        if len({row[size] for row in curve}) == 1:
+            continue
         curve = sorted(curve, key=lambda row: row[size])
         for axis, measure in zip(axes[0], MEASURES, strict=True):
             points = [(row[size], row[measure]) for row in curve if measure in row]
@@ -174,7 +176,12 @@ def draw_sweep(rows: Rows, size: str, path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), style, label=curve[0]["case"], linewidth=1.2, markersize=4)
     for axis, text in zip(axes[0], MEASURES.values(), strict=True):
         axis.set(xscale="log", yscale="log", xlabel=size, ylabel=text)
+        sizes = sorted({row[size] for row in rows})
+        axis.set_xticks(sizes, [str(value) for value in sizes], fontsize=8)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
+    axes[0][-1].set_yscale("linear")
+    axes[0][-1].set_ylim(bottom=0)
     others = title(rows[0]) if size == "T" else f"{rows[0]['op']}: T = {rows[0]['T']}, D = {rows[0]['D']}"
     plot.suptitle(others)
     plot.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
@@ -193,7 +200,8 @@ def draw_floor(rows: Rows, path: Path) -> None:
     axis.axvline(1, color="black", linewidth=1)
     axis.invert_yaxis()
     axis.set_xlabel(MEASURES["over_floor"])
-    axis.set_title(f"{title(rows[0])}, T = {rows[0]['T']}", fontsize=10)
+    axis.margins(x=0.12)
+    plot.suptitle(f"{title(rows[0])}, T = {rows[0]['T']}", fontsize=10)
     plot.savefig(path, dpi=90)
     plt.close(plot)
 
