@@ -23,24 +23,33 @@ from bench.measure import ROOT, Session, environment, failures, write
 from bench.report import markdown
 
 
+def size(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--op", nargs="+", default=["linear_logprobs"], choices=OPS)
-    parser.add_argument("--T", type=int, nargs="+", default=[2048], help="rows that are scored; one after another")
-    parser.add_argument("--D", type=int, help="hidden size; 768 by default")
-    parser.add_argument("--V", type=int, help="vocabulary; 32768 by default")
+    parser.add_argument("--T", type=size, nargs="+", default=[2048], help="rows that are scored; one after another")
+    parser.add_argument("--D", type=size, help="hidden size; 768 by default")
+    parser.add_argument("--V", type=size, help="vocabulary; 32768 by default")
     parser.add_argument("--model", choices=MODELS, help="take D, V and the softcap of its head")
     parser.add_argument("--softcap", type=float)
-    parser.add_argument("--length", type=int, help="tokens of a response, of dpo, orpo and grpo; 512, or T / 2 if less")
+    parser.add_argument(
+        "--length", type=size, help="tokens of a response, of dpo, orpo and grpo; 512, or T / 2 if less"
+    )
     parser.add_argument("--prompt", type=int, help="rows of the prompt before each response of dpo and orpo; as length")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=2, help="of torch, on a CPU")
+    parser.add_argument("--threads", type=size, default=2, help="of torch, on a CPU")
     parser.add_argument("--provider", nargs="+", default=list(TITLES), choices=TITLES)
     parser.add_argument("--schedule", nargs="+", help="those of these names alone")
     parser.add_argument("--head", nargs="+", default=list(HEADS), choices=HEADS, help="which gradients are computed")
     parser.add_argument("--against", metavar="GITREF", help="a revision of prefcore to measure in turn with this one")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=size, default=9)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write device, versions, commit, command and rows there"
     )

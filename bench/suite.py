@@ -23,7 +23,7 @@ from bench.measure import Session, dated, environment, failures, write
 
 Job = tuple[Case, Shape]
 LIMIT = 180.0  # seconds that one answer may take, compilation included
-LLAMA = MODELS["llama-3-8b"]
+TARGET = Shape(4096, MODELS["llama-3-8b"].D, MODELS["llama-3-8b"].V)
 # One way of each provider for the sweeps; the head is trained.
 SWEPT = {
     ("linear_logprobs", "prefcore", "auto"),
@@ -45,7 +45,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--op", nargs="+", default=list(OPS), choices=OPS)
     parser.add_argument("--provider", nargs="+", default=list(TITLES), choices=TITLES)
-    parser.add_argument("--tiny", action="store_true", help="at shapes of no use, to see that all of it runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="at shapes of no use and without torch.compile, to see that all of it runs"
+    )
     parser.add_argument("--list", action="store_true", help="print the cases of this part and measure nothing")
     parser.add_argument("--output", type=Path, help="JSON file; <device>-<date>.json in bench/results by default")
     return parser
@@ -86,7 +88,11 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
     for case, shape in grid():
         shape = dataclasses.replace(shape, device=options.device, dtype=dtype)
         if options.tiny:
-            shape = dataclasses.replace(shape, T=min(shape.T // 256, 32), D=16, V=96, length=8, prompt=8, softcap=None)
+            shape = dataclasses.replace(
+                shape, T=16 if shape.T <= TARGET.T else 32, D=16, V=96, length=8, prompt=8, softcap=None
+            )
+            if case.provider == "compile":  # it takes longer than all the rest
+                continue
         wanted = case.op in options.op and case.provider in options.provider
         if wanted and (case.key, shape) not in seen:
             seen.add((case.key, shape))
@@ -94,8 +100,7 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
 
 
 def grid() -> Iterator[Job]:
-    target = Shape(4096, LLAMA.D, LLAMA.V)
-    pairs = dataclasses.replace(target, T=8192)  # 16384 packed tokens, half of them prompts
+    target, pairs = TARGET, dataclasses.replace(TARGET, T=8192)  # 16384 packed tokens, half of them prompts
     of = {op: [case for case in CASES.values() if case.op == op] for op in OPS}
     trained = {op: [case for case in cases if case.head == "trained"] for op, cases in of.items()}
 

@@ -243,12 +243,22 @@ def test_the_suite_adds_to_its_file_and_a_report_is_made_of_it(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "**dpo: D = 16, V = 96, float32, responses of 8, prompts of 8**" in text
+    assert "**dpo: D = 16, V = 96, float32, responses of 8, prompts of 8, T = 32**" in text
     plots = list((tmp_path / "report").glob("*.png"))
     assert any("linear_logprobs-T-" in plot.name for plot in plots)
     for plot in plots:
         assert plot.read_bytes().startswith(b"\x89PNG")
         assert f"]({plot.name})" in text
+
+
+def test_a_process_that_ends_is_a_row_and_the_next_case_gets_another():
+    case = CASES["linear_logprobs/prefcore/recompute/trained"]
+    with measure.Session("cpu", 1, shared=True) as session:
+        session.worker(case).process.kill()
+        assert session.measure(case, SHAPE, 1)["failed"] == "its process ended with -9"
+        assert session.measure(case, SHAPE, 1)["milliseconds"] > 0
+        session.limit = 0.0
+        assert session.measure(case, SHAPE, 1)["failed"] == "no answer in 0 s"
 
 
 def test_the_parts_of_the_suite_are_all_of_it_in_order():
