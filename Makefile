@@ -1,7 +1,9 @@
 # Every target sets up what it needs, in a virtual environment of its own.
 #   PYTHON       the interpreter that makes the environment (3.11 or later, for the pinned versions)
 #   TORCH_INDEX  the address of a package index to take torch from, such as PyTorch's own index of CPU builds
-#   ARGS         arguments for `prefcore train` (demo) or for pytest (test, bench, gpu)
+#   ARGS         arguments for `prefcore train` (demo), for pytest (test, bench) or for bench.gpu (gpu)
+#   PART         of gpu: which of its parts, by number, range or name (2, 2-6, memcheck); all by default
+#   DRY          of gpu: set, it runs on the CPU with small shapes
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -15,7 +17,7 @@ endif
 NATIVE := CMakeLists.txt $(shell find csrc bindings -type f 2>/dev/null)
 CXX_FILES = $(shell find csrc bindings -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint bench gpu gpu-install clean
+.PHONY: help demo test lint bench gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,7 +25,7 @@ help:
 	@echo 'make test   the test suite, on the CPU'
 	@echo 'make lint   ruff, mypy and clang-format'
 	@echo 'make bench  the benchmarks'
-	@echo 'make gpu    the GPU tests and benchmarks, on a machine that has one'
+	@echo 'make gpu    the GPU tests and benchmarks, on a machine that has one; DRY=1: on the CPU with small shapes'
 	@echo 'make clean  remove the environment and what was built'
 
 demo: $(VENV)/.installed-hf
@@ -46,20 +48,17 @@ bench: $(VENV)/.installed-bench,trl
 # GPU_PYTHON=python3 takes an interpreter whose torch sees the GPU already, and installs nothing into it but prefcore:
 # pytest, hypothesis and transformers must be there, and trl for its rows of the tables.
 ifdef GPU_PYTHON
-gpu: gpu-install
+gpu: build/.installed-gpu-$(subst /,_,$(GPU_PYTHON))
 else
 GPU_PYTHON := $(BIN)/python
 gpu: $(VENV)/.installed-test $(VENV)/.installed-bench,trl
 endif
 gpu:
-	$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"torch {torch.__version__} sees no GPU")'
-	$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
-	$(GPU_PYTHON) -m bench.table --device cuda --dtype bfloat16 --T 4096 --D 4096 --V 128256
-	$(GPU_PYTHON) -m bench.step --device cuda --dtype bfloat16 --model qwen2.5-0.5b --pairs 16 --k 2 4 8
-	$(GPU_PYTHON) -m bench.step --device cuda --dtype bfloat16 --model llama-3.2-1b --pairs 8 --k 2 4 8
+	$(GPU_PYTHON) -m bench.gpu $(if $(PART),--part $(PART)) $(if $(DRY),--dry) $(ARGS)
 
-gpu-install:
+build/.installed-gpu-%: pyproject.toml $(NATIVE)
 	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@mkdir -p build && touch $@
 
 clean:
 	rm -rf $(VENV) build dist
