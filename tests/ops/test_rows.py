@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from prefcore import _native
+from prefcore import _impl, _native
 from prefcore.ops._memory import advise_huge
 from prefcore.ops._spec import LogitSpec, Row
 
@@ -27,13 +27,24 @@ def cpu() -> Backend:
     return Backend(importlib.import_module("prefcore.ops._rows_cpu"), torch.device("cpu"))
 
 
-def triton() -> Backend:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Backend(importlib.import_module("prefcore.kernels.logprobs"), device)
+def triton_interpreted() -> Backend:
+    if not _impl.interpreting():
+        pytest.skip("Triton's interpreter is off: TRITON_INTERPRET=1 turns it on")
+    return Backend(importlib.import_module("prefcore.kernels.logprobs"), torch.device("cpu"))
+
+
+def triton_cuda() -> Backend:
+    return Backend(importlib.import_module("prefcore.kernels.logprobs"), torch.device("cuda"))
 
 
 # How to get each back end: a function, so that one that is missing here fails or skips only its own cases.
-BACKENDS: dict[str, Callable[[], Backend]] = {"cpu-baseline": cpu, "cpu-avx2": cpu, "cpu-avx512": cpu, "triton": triton}
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "cpu-baseline": cpu,
+    "cpu-avx2": cpu,
+    "cpu-avx512": cpu,
+    "triton-interpreted": triton_interpreted,
+    "triton-cuda": triton_cuda,
+}
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PAIRS = [(dtype, dtype) for dtype in DTYPES] + [
@@ -47,7 +58,9 @@ def interpreted(backend: Backend) -> bool:
     return backend.module.__name__.startswith("prefcore.kernels") and backend.device.type == "cpu"
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.gpu] if name.endswith("cuda") else []) for name in BACKENDS]
+)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     found = BACKENDS[request.param]()
     kind, _, isa = request.param.partition("-")
@@ -194,6 +207,18 @@ def assert_within_eager(
     assert excess <= 0, f"largest error {error.max().item():.3g}, eager's {worst:.3g}, over by {excess:.3g}"
 
 
+def inexact(case: Case) -> float:
+    """What instructions add, beside roundings, to the relative error of an exp(z - peak).
+
+    By the PTX manual ex2.approx.ftz.f32 errs by up to 2^-22, and so does div.full.f32, which a tanh ends with: that
+    error is one of z and of the peak. Elsewhere exp and division are good to a rounding or so.
+    """
+    if case.x.device.type != "cuda" or torch.version.hip or case.acc == torch.float64:
+        return 0.0
+    z = case.oracle(torch.float64).logits.z if case.spec.softcap is not None else torch.zeros(1)
+    return 2.0**-22 * (1 + 2 * z.abs().nan_to_num(0.0, posinf=0.0).max().item())
+
+
 def slices(vocab: int, pieces: int) -> list[tuple[int, int]]:
     """Uneven consecutive column ranges that cover the vocabulary."""
     cuts = sorted({0, vocab, *(vocab * k * k // (pieces * pieces) for k in range(1, pieces))})
@@ -272,6 +297,8 @@ def assert_statistics(case: Case, state: torch.Tensor) -> None:
     z = case.oracle(torch.float64).logits.z[kept]
     size = z.abs().nan_to_num(0.0, posinf=0.0)
     band = torch.finfo(case.acc).eps * (size.max().item() if size.numel() else 0.0)
+    # The entropy is the worst: an error of the weights in the mean of z - peak, which is at most log(vocab) below 0.
+    band += inexact(case) * (1 + 2 * math.log(case.spec.vocab))
     for value, truth, eager in zip(actual, derived(torch.float64), derived(torch.float32), strict=True):
         assert_within_eager(value, truth, eager, band)
 
@@ -289,6 +316,20 @@ def expected_grad(case: Case, dtype: torch.dtype, coef: torch.Tensor | None) -> 
     grad[~case.valid] = math.nan
     grad[case.targets == IGNORE] = 0.0
     return grad
+
+
+def inexact_grad(case: Case, coef: torch.Tensor | None) -> float:
+    """That of :func:`inexact` in a gradient: of p, of the sum it is relative to, and of 1 - tanh², by which all counts."""
+    if coef is None:
+        coef = torch.tensor([[1.0], [1.0], [0.0]])
+    a, b, c = coef.abs().amax(1).tolist()
+    steepest = case.oracle(torch.float64).logits.factor.abs().max().item()
+    return 4 * inexact(case) * steepest * (a + b + c * (1 + math.log(case.spec.vocab)))
+
+
+def assert_gradient(case: Case, out: torch.Tensor, coef: torch.Tensor | None = None) -> None:
+    truth, eager = (expected_grad(case, dtype, coef) for dtype in (torch.float64, torch.float32))
+    assert_within_eager(out, truth, eager, inexact_grad(case, coef))
 
 
 def output_for(case: Case, dtype: torch.dtype, in_place: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -412,8 +453,9 @@ def test_weights_are_relative_to_the_running_peak(
             )[:, start:stop]
             for logits in (case.oracle(torch.float64).logits, case.oracle(torch.float32).logits)
         )
-        assert_within_eager(out[:, start:stop], weights, eager)
-        assert torch.allclose(acc.double(), product[:, None].expand_as(acc), rtol=4 * torch.finfo(case.acc).eps, atol=0)
+        assert_within_eager(out[:, start:stop], weights, eager, 4 * inexact(case))
+        rtol = 4 * torch.finfo(case.acc).eps + 2 * inexact(case)  # two factors
+        assert torch.allclose(acc.double(), product[:, None].expand_as(acc), rtol=rtol, atol=0)
     assert_statistics(case, state)
 
 
@@ -450,7 +492,7 @@ def test_grad_of_slices_agrees_with_float64(
             entropy,
             coef,
         )
-    assert_within_eager(out, expected_grad(case, torch.float64, coef), expected_grad(case, torch.float32, coef))
+    assert_gradient(case, out, coef)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -463,7 +505,7 @@ def test_stats_grad_is_both_at_once(
     state = new_state(case)
     backend.module.stats_grad(tile, out, case.targets, case.temperature, case.bias, case.spec, state)
     assert_statistics(case, state)
-    assert_within_eager(out, expected_grad(case, torch.float64, None), expected_grad(case, torch.float32, None))
+    assert_gradient(case, out)
 
 
 @pytest.mark.parametrize("vocab", [1, 17, 1025, 32001])
@@ -472,7 +514,7 @@ def test_outputs_hold_for_any_vocabulary(backend: Backend, dtype: torch.dtype, v
     case = make(backend, dtype, rows=3, vocab=vocab, options="softcap")
     tile, out = output_for(case, dtype, in_place=False)
     backend.module.stats_grad(tile, out, case.targets, None, None, case.spec, new_state(case))
-    assert_within_eager(out, expected_grad(case, torch.float64, None), expected_grad(case, torch.float32, None))
+    assert_gradient(case, out)
     state = new_state(case)
     backend.module.weigh(tile, out, 0, case.targets, None, None, case.spec, state, None)
     assert_statistics(case, state)
@@ -496,7 +538,7 @@ def test_logits_are_rounded_before_the_bias(backend: Backend, dtype: torch.dtype
     assert_statistics(case, state)
     tile, out = output_for(case, dtype, in_place=True)
     backend.module.grad(tile, out, 0, case.targets, None, case.bias, case.spec, exact_state(case), None, None)
-    assert_within_eager(out, expected_grad(case, torch.float64, None), expected_grad(case, torch.float32, None))
+    assert_gradient(case, out)
 
 
 @pytest.mark.parametrize("round_to", [torch.bfloat16, torch.float16])
@@ -609,7 +651,7 @@ def test_offsets_of_rows_pass_2_to_the_31(backend: Backend) -> None:
     state = new_state(case)
     backend.module.stats_grad(far, far, case.targets, None, None, case.spec, state)
     assert_statistics(case, state)
-    assert_within_eager(far, expected_grad(case, torch.float64, None), expected_grad(case, torch.float32, None))
+    assert_gradient(case, far)
 
 
 def test_layouts_and_types_that_kernels_cannot_read_are_refused(backend: Backend) -> None:
