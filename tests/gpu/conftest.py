@@ -32,12 +32,12 @@ def no_waits() -> Callable[[], AbstractContextManager]:
 @pytest.fixture
 def compiled() -> Callable[[], int]:
     """How many variants of prefcore's Triton kernels this process has compiled or loaded."""
-    import prefcore.kernels
     from triton.runtime.jit import JITFunction
 
-    modules = [
-        importlib.import_module(f"prefcore.kernels.{m.name}") for m in pkgutil.iter_modules(prefcore.kernels.__path__)
-    ]
+    import prefcore.kernels
+
+    names = [f"prefcore.kernels.{module.name}" for module in pkgutil.iter_modules(prefcore.kernels.__path__)]
+    modules = [importlib.import_module(name) for name in names]
     kernels = {id(f): f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}
 
     def count() -> int:

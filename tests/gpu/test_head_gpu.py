@@ -15,13 +15,16 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 ALL = ("entropy", "logsumexp", "is_top1", "mean_logits", "log_sum_sq_probs")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-# Budgets that make one tile, and several chunks of rows and slices of the vocabulary.
-SCHEDULES = pytest.mark.parametrize(
-    ("schedule", "budget"),
-    [("forward", None), ("frozen", None), ("frozen", 1), ("retain", None), ("retain", 2 << 20), ("recompute", None)]
-    + [("recompute", 1)],
-    ids=lambda x: {None: "whole", 1: "tiles", 2 << 20: "mixed"}.get(x, x),
-)
+# Schedules with budgets: the default, one that retains some rows, and 1: chunks of rows and slices of the vocabulary.
+SCHEDULES = {
+    "forward": ("forward", None),
+    "frozen": ("frozen", None),
+    "frozen in tiles": ("frozen", 1),
+    "retain": ("retain", None),
+    "retain some": ("retain", 2 << 20),
+    "recompute": ("recompute", None),
+    "recompute in tiles": ("recompute", 1),
+}
 
 
 class Head:
@@ -84,10 +87,7 @@ class Logits:
 CASES: dict[str, Callable[..., Head | Logits]] = {
     "logprobs": lambda T, V, **kw: Logits(T, V, **kw),
     "logprobs in place": lambda T, V, **kw: Logits(T, V, inplace=True, **kw),
-    **{
-        f"{schedule} {budget}": lambda T, V, s=schedule, b=budget, **kw: Head(T, V, s, b, **kw)
-        for schedule, budget in SCHEDULES.args[1]
-    },
+    **{name: lambda T, V, chosen=chosen, **kw: Head(T, V, *chosen, **kw) for name, chosen in SCHEDULES.items()},
 }
 EVERY = pytest.mark.parametrize("case", CASES)
 

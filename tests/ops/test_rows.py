@@ -319,7 +319,7 @@ def expected_grad(case: Case, dtype: torch.dtype, coef: torch.Tensor | None) -> 
 
 
 def inexact_grad(case: Case, coef: torch.Tensor | None) -> float:
-    """That of :func:`inexact` in a gradient: of p, of the sum it is relative to, and of 1 - tanh², by which all counts."""
+    """What that makes of a gradient: an error of p, of the sum p is a part of, and of 1 - tanh², the factor of all."""
     if coef is None:
         coef = torch.tensor([[1.0], [1.0], [0.0]])
     a, b, c = coef.abs().amax(1).tolist()
