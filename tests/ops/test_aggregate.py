@@ -28,6 +28,12 @@ def options(how):
     return {"horizon": 512} if how == "seq_mean_token_sum_norm" else {}
 
 
+def aggregate_on(device, values, cu_seqlens, how, num_items=None, **kwargs):
+    """``aggregate`` on a device, from the CPU and back."""
+    num_items = num_items.to(device) if isinstance(num_items, torch.Tensor) else num_items
+    return prefcore.aggregate(values.to(device), cu_seqlens.to(device), how, num_items, **kwargs).cpu()
+
+
 def truth(values, lengths, how, num_items=None, horizon=None):
     """The result and d result / d values, by plain Python in float64."""
     ends = [0, *itertools.accumulate(lengths)]
@@ -60,12 +66,12 @@ def assert_close_to_truth(out, expected, values, dtype):
 @pytest.mark.parametrize("num_items", [None, 37, 12.5, torch.tensor(41), torch.tensor(7.5)], ids=str)
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
-def test_values_and_gradients(lengths, how, num_items, dtype, impl):
+def test_values_and_gradients(lengths, how, num_items, dtype, impl, device):
     if how == "token_sum":
         num_items = None
     values = torch.randn(sum(lengths), dtype=dtype, generator=torch.Generator().manual_seed(1))
     leaf = values.clone().requires_grad_()
-    out = prefcore.aggregate(leaf, offsets(lengths), how, num_items, impl=impl, **options(how))
+    out = aggregate_on(device, leaf, offsets(lengths), how, num_items, impl=impl, **options(how))
     expected, gradient = truth(values, lengths, how, float(num_items or 0), **options(how))
     assert_close_to_truth(out, expected, values, dtype)
     out.backward()
@@ -75,26 +81,26 @@ def test_values_and_gradients(lengths, how, num_items, dtype, impl):
 
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("lengths", [(0, 0), ()])
-def test_a_batch_without_tokens_gives_zero_with_a_gradient(lengths, how):
+def test_a_batch_without_tokens_gives_zero_with_a_gradient(lengths, how, device):
     values = torch.zeros(0, requires_grad=True)
-    out = prefcore.aggregate(values, offsets(lengths), how, **options(how))
+    out = aggregate_on(device, values, offsets(lengths), how, **options(how))
     assert out.item() == 0
     (2 * out).backward()
     assert values.grad.shape == (0,)
 
 
 @pytest.mark.parametrize("how", ["seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"])
-def test_empty_sequences_do_not_count(how):
+def test_empty_sequences_do_not_count(how, device):
     values = torch.randn(6)
-    with_empty = prefcore.aggregate(values, offsets((0, 2, 0, 0, 4)), how, **options(how))
-    without = prefcore.aggregate(values, offsets((2, 4)), how, **options(how))
+    with_empty = aggregate_on(device, values, offsets((0, 2, 0, 0, 4)), how, **options(how))
+    without = aggregate_on(device, values, offsets((2, 4)), how, **options(how))
     assert with_empty.item() == without.item()
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("how", COUNTED)
-def test_parts_of_a_batch_add_up_to_the_whole(how, as_tensor):
+def test_parts_of_a_batch_add_up_to_the_whole(how, as_tensor, device):
     lengths = (5, 0, 120, 3, 64, 0, 9, 1)
     values = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(2))
     count = sum(lengths) if how == "token_mean" else sum(n > 0 for n in lengths)
@@ -102,7 +108,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(how, as_tensor):
 
     def run(part, lengths, num_items):
         leaf = part.clone().requires_grad_()
-        out = prefcore.aggregate(leaf, offsets(lengths), how, num_items, **options(how))
+        out = aggregate_on(device, leaf, offsets(lengths), how, num_items, **options(how))
         out.backward()
         return out.item(), leaf.grad
 
@@ -139,10 +145,10 @@ def test_gradcheck(how):
     )
 
 
-def test_num_items_carries_no_gradient():
+def test_num_items_carries_no_gradient(device):
     num_items = torch.tensor(3.0, requires_grad=True)
     values = torch.randn(4, requires_grad=True)
-    prefcore.aggregate(values, offsets((4,)), "token_mean", num_items).backward()
+    aggregate_on(device, values, offsets((4,)), "token_mean", num_items).backward()
     assert num_items.grad is None
 
 

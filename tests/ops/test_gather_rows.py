@@ -51,6 +51,12 @@ def random(*shape, dtype):
     return torch.randn(*shape, dtype=torch.float64, generator=GENERATOR).to(dtype)
 
 
+def gather_on(device, x, index, inverse=None):
+    """``gather_rows`` on a device, from the CPU and back."""
+    inverse = None if inverse is None else RowInverse(*(part.to(device) for part in inverse))
+    return prefcore.gather_rows(x.to(device), index.to(device), inverse=inverse).cpu()
+
+
 def gathered(x, index):
     """By plain Python, in x's dtype."""
     rows = [x[n] if n >= 0 else torch.zeros_like(x[0]) if len(x) else x.new_zeros(x.shape[1:]) for n in index.tolist()]
@@ -73,12 +79,12 @@ def accumulator(dtype):
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", INDICES)
-def test_rows_and_sums_are_those_of_plain_loops_bit_for_bit(name, dtype):
+def test_rows_and_sums_are_those_of_plain_loops_bit_for_bit(name, dtype, device):
     rows, index = INDICES[name]
     for shape in SHAPES:
         x = random(rows, *shape, dtype=dtype).requires_grad_()
         grad = random(len(index), *shape, dtype=dtype)
-        out = prefcore.gather_rows(x, index)
+        out = gather_on(device, x, index)
         assert out.is_contiguous()
         assert out.dtype == dtype
         assert torch.equal(out, gathered(x.detach(), index))
@@ -128,12 +134,12 @@ def test_an_inverse_names_each_place_once_in_rising_order(name):
 
 
 @pytest.mark.parametrize("name", INDICES)
-def test_a_given_inverse_changes_nothing(name):
+def test_a_given_inverse_changes_nothing(name, device):
     rows, index = INDICES[name]
     x = random(rows, 5, dtype=torch.float32).requires_grad_()
     grad = random(len(index), 5, dtype=torch.float32)
     inverse = prefcore.invert_rows(index, rows)
-    outs = [prefcore.gather_rows(x, index), prefcore.gather_rows(x, index, inverse=inverse)]
+    outs = [gather_on(device, x, index), gather_on(device, x, index, inverse=inverse)]
     grads = [torch.autograd.grad(out, x, grad)[0] for out in outs]
     assert torch.equal(*outs)
     assert torch.equal(*grads)
@@ -160,28 +166,28 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_types_are_rounded_as_torch_rounds_them(dtype):
+def test_half_types_are_rounded_as_torch_rounds_them(dtype, device):
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     other = every[torch.randperm(2**16, generator=GENERATOR)]
     for addend in (torch.zeros_like(every), other):
         x = torch.zeros(1, 2**16, dtype=dtype, requires_grad=True)
-        out = prefcore.gather_rows(x, int32([0, 0]))
+        out = gather_on(device, x, int32([0, 0]))
         actual = torch.autograd.grad(out, x, torch.stack([every, addend]))[0][0]
         expected = (every.float() + addend.float()).to(dtype)
         assert torch.equal(actual.isnan(), expected.isnan())
         assert torch.equal(actual[~actual.isnan()], expected[~expected.isnan()])
 
 
-def test_a_row_of_one_place_has_its_gradient_to_the_bit():
+def test_a_row_of_one_place_has_its_gradient_to_the_bit(device):
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     x = torch.zeros(1, 2**16, dtype=torch.float16, requires_grad=True)
-    (actual,) = torch.autograd.grad(prefcore.gather_rows(x, int32([0])), x, every.view(torch.float16)[None])
+    (actual,) = torch.autograd.grad(gather_on(device, x, int32([0])), x, every.view(torch.float16)[None])
     assert torch.equal(actual.view(torch.int16)[0], every)  # NaN and the sign of zero included
 
 
-def test_sums_of_half_types_are_rounded_once():
+def test_sums_of_half_types_are_rounded_once(device):
     x = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    out = prefcore.gather_rows(x, torch.zeros(65, dtype=torch.int32))
+    out = gather_on(device, x, torch.zeros(65, dtype=torch.int32))
     (grad,) = torch.autograd.grad(out, x, torch.tensor([[256.0]] + [[1.0]] * 64, dtype=torch.bfloat16))
     assert grad.item() == 320  # 256 + 1 is 256 in bfloat16
 
@@ -258,12 +264,12 @@ def test_an_index_needs_no_inverse_where_nothing_needs_a_gradient(monkeypatch):
     prefcore.gather_rows(torch.randn(3, 2), int32([0, 2]))
 
 
-def test_a_bad_value_stays_in_its_row():
+def test_a_bad_value_stays_in_its_row(device):
     x = torch.ones(3, 4)
     x[1] = float("nan")
     x.requires_grad_()
     index = int32([0, 1, -1, 2])
-    out = prefcore.gather_rows(x, index)
+    out = gather_on(device, x, index)
     assert bool(out[[0, 2, 3]].isfinite().all())
     grad = torch.ones(4, 4)
     grad[1:3] = float("inf")  # that of -1 goes nowhere

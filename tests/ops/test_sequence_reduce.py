@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 import pathlib
@@ -48,6 +49,12 @@ def options(mode, total, dtype, seed=1):
     return {}
 
 
+def reduce_on(device, x, cu_seqlens, mode="sum", weights=None, **kwargs):
+    """``sequence_reduce`` on a device, from the CPU and back."""
+    weights = None if weights is None else weights.to(device)
+    return prefcore.sequence_reduce(x.to(device), cu_seqlens.to(device), mode, weights, **kwargs).cpu()
+
+
 def factors(lengths, mode, weights=None, gamma=None):
     """d result / d x in float64, by plain Python."""
     if mode == "weighted":
@@ -81,10 +88,10 @@ def assert_within_docstring_bound(out, x, lengths, mode, **kwargs):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
-def test_values_are_exact_to_the_bound_of_the_docstring(lengths, mode, dtype):
+def test_values_are_exact_to_the_bound_of_the_docstring(lengths, mode, dtype, device):
     x = torch.randn(sum(lengths), dtype=dtype, generator=GENERATOR)
     kwargs = options(mode, len(x), dtype)
-    out = prefcore.sequence_reduce(x, offsets(lengths), mode, **kwargs)
+    out = reduce_on(device, x, offsets(lengths), mode, **kwargs)
     assert_within_docstring_bound(out, x, lengths, mode, **kwargs)
 
 
@@ -104,7 +111,7 @@ def test_reference_agrees_with_plain_python(lengths, mode):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
-def test_gradients_equal_the_references(lengths, mode, dtype, upstream):
+def test_gradients_equal_the_references(lengths, mode, dtype, upstream, device):
     x = torch.randn(sum(lengths), dtype=dtype, generator=GENERATOR)
     kwargs = options(mode, len(x), dtype)
     grad = torch.randn(len(lengths), dtype=dtype, generator=GENERATOR) * (upstream == "random")
@@ -118,7 +125,7 @@ def test_gradients_equal_the_references(lengths, mode, dtype, upstream):
         return {name: leaf.grad for name, leaf in leaves.items()}
 
     expected = gradients(reference.sequence_reduce, torch.float64)
-    for name, actual in gradients(prefcore.sequence_reduce, dtype).items():
+    for name, actual in gradients(functools.partial(reduce_on, device), dtype).items():
         assert actual.dtype == dtype
         # One rounding of the product; the oracle and the factor gamma**t err by (t + 16) float64 roundings.
         rtol = torch.finfo(dtype).eps / 2 + (max(lengths, default=0) + 16) * 2.0**-53
@@ -171,14 +178,14 @@ def test_strided_and_sliced_inputs(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_packed_equals_one_at_a_time_bit_for_bit(mode):
+def test_packed_equals_one_at_a_time_bit_for_bit(mode, device):
     lengths = (5, 256, 0, 1023, 77)
     x = torch.randn(sum(lengths), generator=GENERATOR)
     kwargs = options(mode, len(x), x.dtype)
-    packed = prefcore.sequence_reduce(x, offsets(lengths), mode, **kwargs)
+    packed = reduce_on(device, x, offsets(lengths), mode, **kwargs)
     for s, (a, b) in enumerate(itertools.pairwise(offsets(lengths).tolist())):
         own = {k: v[a:b] if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
-        alone = prefcore.sequence_reduce(x[a:b], offsets((b - a,)), mode, **own)
+        alone = reduce_on(device, x[a:b], offsets((b - a,)), mode, **own)
         assert alone.item() == packed[s].item()
 
 
@@ -203,24 +210,24 @@ def test_bits_do_not_depend_on_the_number_of_threads(mode):
         assert torch.equal(grad, results[0][1])
 
 
-def test_cancellation_costs_float32_sums_nothing():
+def test_cancellation_costs_float32_sums_nothing(device):
     x = torch.tensor([1e8, 1.0, -1e8] * 1000)
-    assert prefcore.sequence_reduce(x, offsets((3000,))).item() == 1000.0
+    assert reduce_on(device, x, offsets((3000,))).item() == 1000.0
 
 
 @pytest.mark.parametrize("gamma", [0, 0.0, 1e-30, 1.0, 1])
-def test_discounts_at_the_ends_of_their_range(gamma):
+def test_discounts_at_the_ends_of_their_range(gamma, device):
     lengths = (1, 0, 600, 2)
     x = torch.randn(603, generator=GENERATOR)
-    out = prefcore.sequence_reduce(x, offsets(lengths), "discounted", gamma=gamma)
+    out = reduce_on(device, x, offsets(lengths), "discounted", gamma=gamma)
     assert_within_docstring_bound(out, x, lengths, "discounted", gamma=gamma)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_value_stays_in_its_sequence(bad):
+def test_a_bad_value_stays_in_its_sequence(bad, device):
     x = torch.ones(9)
     x[4] = bad
-    out = prefcore.sequence_reduce(x, offsets((3, 3, 3)))
+    out = reduce_on(device, x, offsets((3, 3, 3)))
     assert out[0] == out[2] == 3
     assert not math.isfinite(out[1].item())
 
