@@ -128,7 +128,7 @@ def step(settings: Settings, model: str) -> Report:
     output = settings.results / f"step-{model}-{settings.machine}-bfloat16-{datetime.date.today()}.json"
     sizes = ["--dtype", "bfloat16", "--model", model, "--pairs", str(MODELS[model]), "--k", "2", "4", "8"]
     if settings.dry:
-        sizes = ["--model", "tiny", "--pairs", "2", "--k", "2", "--max-length", "150", "--rounds", "1", "--provider"]
+        sizes = ["--model", "tiny", "--pairs", "2", "--k", "4", "--max-length", "200", "--rounds", "1", "--provider"]
         sizes += ["share", "trl"]
     return command(settings, "bench.step", "--device", settings.device, *sizes, "--output", str(output))
 
