@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.gpu_tests import ROOT, kill, run_tests
-from bench.table import RESULTS, environment
+from bench.measure import RESULTS, environment
 from prefcore.cli import doctor
 
 LIMIT = 540.0  # seconds

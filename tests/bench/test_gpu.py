@@ -82,7 +82,7 @@ def test_the_suite_understands_what_it_is_asked(gpu, tmp_path):
     for dry in (False, True):
         for number in range(1, gpu.SUITE + 1):
             arguments = gpu.suite_arguments(gpu.Settings(dry, tmp_path, gpu.LIMIT, 1, "a-device"), number)
-            options = suite.parser().parse_args(arguments)
+            options = suite.arguments().parse_args(arguments)
             assert options.tiny == dry
             assert options.device == ("cpu" if dry else "cuda")
 
