@@ -71,6 +71,7 @@ def test_cuda_has_the_cpus_bits_forward_and_backward(lengths, mode, dtype):
         assert torch.equal(ours, again)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("mode", MODES)
 def test_cuda_agrees_with_the_float64_reference(mode):
     lengths = BATCHES["each kind of length"]
@@ -91,6 +92,7 @@ def test_gradcheck(mode):
     assert torch.autograd.gradcheck(lambda x: prefcore.sequence_reduce(x, cu_seqlens, mode, **kwargs), (x,))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("mode", MODES)
 def test_strided_and_sliced_inputs(mode):
     base = torch.randn(2 * 311 + 5, generator=GENERATOR).cuda()
@@ -107,22 +109,18 @@ def test_strided_and_sliced_inputs(mode):
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_nothing_synchronises(how):
+def test_nothing_synchronises(how, no_waits):
     values = torch.randn(333, device="cuda", requires_grad=True)
     cu_seqlens = offsets((30, 0, 303)).cuda()
     num_items = None if how == "token_sum" else torch.tensor(17, device="cuda")
     horizon = 512 if how == "seq_mean_token_sum_norm" else None
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         prefcore.aggregate(values, cu_seqlens, how, num_items, horizon=horizon).backward()
         prefcore.aggregate(values, cu_seqlens, how, horizon=horizon).backward()
         for mode in MODES:
             weights = values if mode == "weighted" else None
             gamma = 0.9 if mode == "discounted" else None
             prefcore.sequence_reduce(values, cu_seqlens, mode, weights, gamma=gamma).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -139,6 +137,19 @@ def test_aggregate_agrees_with_the_cpu(how):
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
 
 
+def test_offsets_up_to_the_last_of_32_bits(room):
+    total = 2**31 - 1
+    room(4 * total * 4 / 2**30)
+    x = torch.zeros(total, device="cuda")
+    x[-1000:] = 1
+    x.requires_grad_()
+    out = prefcore.sequence_reduce(x, offsets((total - 999, 999)).cuda())
+    assert out.tolist() == [1, 999]
+    (grad,) = torch.autograd.grad(out, x, torch.tensor([2.0, 3.0], device="cuda"))
+    assert grad[-1000:].tolist() == [2] + [3] * 999
+    assert bool((grad[: total - 999] == 2).all())
+
+
 def test_launches_go_to_the_current_stream():
     x = torch.zeros(1 << 20, device="cuda")
     cu_seqlens = offsets((1 << 20,)).cuda()
@@ -152,22 +163,42 @@ def test_launches_go_to_the_current_stream():
     assert out.item() == 1 << 20
 
 
-def test_a_cuda_graph_captures_forward_and_backward():
+@pytest.mark.parametrize("mode", MODES)
+def test_a_graph_replays_with_other_inputs(mode, capture):
     x = torch.randn(500, device="cuda", requires_grad=True)
     cu_seqlens = offsets((200, 300)).cuda()
-    x.grad = torch.zeros_like(x)
-    prefcore.sequence_reduce(x, cu_seqlens, "mean").sum().backward()  # warm up
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = prefcore.sequence_reduce(x, cu_seqlens, "mean")
-        (grad,) = torch.autograd.grad(out.sum(), x)
-    with torch.no_grad():
-        x.fill_(3)
-    grad.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert out.tolist() == [3.0, 3.0]
-    assert bool((grad > 0).all())
+    kwargs = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options(mode, 500, x.dtype).items()}
+
+    def step():
+        out = prefcore.sequence_reduce(x, cu_seqlens, mode, **kwargs)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), x)
+
+    replay, results = capture(step)
+    for lengths in ((200, 300), (499, 1)):
+        with torch.no_grad():
+            x.mul_(-2)
+        cu_seqlens.copy_(offsets(lengths))
+        replay()
+        assert all(map(torch.equal, results, step()))
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_graph_replays_aggregate_with_other_inputs(how, capture):
+    values = torch.randn(500, device="cuda", requires_grad=True)
+    cu_seqlens = offsets((200, 300, 0)).cuda()
+    horizon = 512 if how == "seq_mean_token_sum_norm" else None
+
+    def step():
+        out = prefcore.aggregate(values, cu_seqlens, how, horizon=horizon)
+        return out.detach(), *torch.autograd.grad(out, values)
+
+    replay, results = capture(step)
+    for lengths in ((200, 300, 0), (450, 25, 25)):
+        with torch.no_grad():
+            values.mul_(-2)
+        cu_seqlens.copy_(offsets(lengths))
+        replay()
+        assert all(map(torch.equal, results, step()))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -199,9 +230,8 @@ def test_devices_are_not_mixed():
         prefcore.sequence_reduce(torch.zeros(4, device="cuda"), offsets((4,)).cuda(), impl="cpu")
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_a_tensor_on_another_device_than_the_current_one():
-    x = torch.ones(4, device="cuda:1")
-    out = prefcore.sequence_reduce(x, offsets((1, 3)).to("cuda:1"))
+def test_a_tensor_on_another_device_than_the_current_one(other_device):
+    x = torch.ones(4, device=other_device)
+    out = prefcore.sequence_reduce(x, offsets((1, 3)).to(other_device))
     assert torch.cuda.current_device() == 0
     assert out.tolist() == [1.0, 3.0]
