@@ -83,7 +83,8 @@ def linear_loss(
         weight: ``[V, D]``, the head's weight, of the same type and device.
         targets: ``[T]`` int64 token ids; ``ignore_index`` marks a row to skip.
         cu_seqlens: int32 ``[S + 1]``, offsets of the sequences into T. The host reads them: a GPU's tensor
-            synchronises, a CPU's tensor or a list of ints does not.
+            synchronises, a CPU's tensor or a list of ints does not. A CUDA graph can only be captured with a pinned
+            tensor of the CPU, whose values must stay, as each replay copies them.
         loss_fn: ``loss_fn(stats, tile) -> [n]``, float32 or float64: unreduced losses of the tile's groups, sequences
             or tokens, such that those of one tile after another are those of the batch. They may depend on the tile's
             own statistics (a :class:`TokenStats` of the tile's tokens) and on constants alone, which
@@ -244,10 +245,16 @@ class _Batch(NamedTuple):
         S = len(tokens) - 1
         sequences = list(range(S + 1)) if cu_groups is None else _read_offsets("cu_groups", cu_groups, S)
 
+        capturing = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+
         def there(given: Offsets | None, offsets: list[int]) -> Tensor:
+            if given is None:
+                return torch.arange(S + 1, dtype=torch.int32, device=hidden.device)
             if isinstance(given, Tensor) and given.device == hidden.device:
                 return given
-            return torch.tensor(offsets, dtype=torch.int32).to(hidden.device, non_blocking=True)
+            # A graph copies from where it copied when it was captured: from the caller's pinned memory.
+            source = given if capturing and isinstance(given, Tensor) else torch.tensor(offsets, dtype=torch.int32)
+            return source.to(hidden.device, non_blocking=True)
 
         return cls(tokens, sequences, there(cu_seqlens, tokens), there(cu_groups, sequences))
 

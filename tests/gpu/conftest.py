@@ -58,7 +58,8 @@ def capture() -> Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]:
             step()  # kernels are compiled and libraries set up outside of a capture
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # What other threads do, such as freeing pinned memory, is no part of it.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = step()
         return graph.replay, results
 

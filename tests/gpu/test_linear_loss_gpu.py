@@ -124,7 +124,8 @@ def test_lengths_do_not_recompile(budget, compiled):
 @TILINGS
 def test_a_graph_replays_with_other_inputs(budget, capture):
     given = inputs(torch.bfloat16)
-    step = lambda: run(*given, memory_budget=budget)
+    pinned = [torch.tensor(x, dtype=torch.int32).pin_memory() for x in (CU_SEQLENS, CU_GROUPS)]
+    step = lambda: run(*given, memory_budget=budget, offsets=pinned[0], cu_groups=pinned[1])
     replay, results = capture(step)
     for _ in range(2):
         hidden, weight, targets, ref = given

@@ -164,6 +164,7 @@ def main() -> None:
     getattr(torch, DEVICE).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     FakeTensor.is_cuda = property(lambda self: self.device.type == DEVICE)
     FakeTensor.data_ptr = lambda self: id(self)  # no two tensors are found to be one
+    torch.cuda.is_current_stream_capturing = lambda: False
     for name in ("mm", "addmm"):
         setattr(torch, name, strict(name))
     _backends.BACKENDS["triton"] = _backends.Backend(lambda: KERNELS, "CUDA")
