@@ -97,7 +97,9 @@ def sanitize(settings: Settings, tool: str) -> Report:
     report = run_tests(
         ["tests"], "gpu and sanitize", settings.limit, 1, prefix, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     )
-    return report | {"log": log.read_text().splitlines()[-60:] if log.exists() else None}
+    found = f"{tool} found errors: {log.name}"
+    failed = [found if f"status {FOUND}" in line else line for line in report["failed"]]
+    return report | {"failed": failed, "log": log.read_text().splitlines()[-60:] if log.exists() else None}
 
 
 def command(settings: Settings, module: str, *arguments: str) -> Report:

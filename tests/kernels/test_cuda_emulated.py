@@ -26,8 +26,9 @@ inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline int current = 0, launched = -1;
+inline cudaError_t cudaGetDevice(int* device) { return *device = current, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return current = device, cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 #define __global__
 #define __launch_bounds__(...)
@@ -35,7 +36,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 template <typename... Arguments>
 auto emulate(void (*kernel)(Arguments...), dim3 grid, dim3 block) {
   return [=](Arguments... arguments) {
-    gridDim = grid, blockDim = block;
+    launched = current, gridDim = grid, blockDim = block;
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
       for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
         for (threadIdx.y = 0; threadIdx.y < block.y; ++threadIdx.y)
@@ -44,14 +45,18 @@ auto emulate(void (*kernel)(Arguments...), dim3 grid, dim3 block) {
 }
 """
 ENTRIES = r"""
+static int wanted = 0;
+extern "C" void want_device(int64_t device) { wanted = static_cast<int>(device); }
+extern "C" int launched_on() { return launched; }
+extern "C" int current_device() { return current; }
 extern "C" void gather_forward(const void* x, int64_t stride, int64_t rows, const int32_t* index, int64_t places,
                                int64_t bytes, void* out) {
-  prefcore::cuda::gather_rows_forward({x, stride, rows, index, places, bytes, out}, 0, nullptr);
+  prefcore::cuda::gather_rows_forward({x, stride, rows, index, places, bytes, out}, wanted, nullptr);
 }
 extern "C" void gather_backward(int64_t type, const void* grad, int64_t stride, const int32_t* offsets,
                                 const int32_t* places, int64_t rows, int64_t columns, void* out) {
   prefcore::cuda::gather_rows_backward(
-      {static_cast<prefcore::Type>(type), grad, stride, {offsets, places}, rows, columns, out}, 0, nullptr);
+      {static_cast<prefcore::Type>(type), grad, stride, {offsets, places}, rows, columns, out}, wanted, nullptr);
 }
 """
 
@@ -110,3 +115,17 @@ def test_threads_of_gather_rows_write_what_the_cpu_does(kernels, columns, dtype)
         assert torch.equal(grad_x[:-1], torch.autograd.grad(expected, leaf, grad)[0])
         assert bool((out[-1] == 7).all())
         assert bool((grad_x[-1] == 7).all())
+
+
+def test_launches_go_to_the_tensors_device_and_the_current_one_comes_back(kernels):
+    x, index, out = torch.ones(3, 8), torch.tensor([2, 0], dtype=torch.int32), torch.zeros(2, 8)
+    inverse = prefcore.invert_rows(index, 3)
+    for device in (1, 0):
+        call(kernels.want_device, device)
+        for launch in (
+            lambda: call(kernels.gather_forward, x, 32, 3, index, 2, 32, out),
+            lambda: call(kernels.gather_backward, _native.TYPE_CODES[x.dtype], out, 8, *inverse, 3, 8, x),
+        ):
+            launch()
+            assert kernels.launched_on() == device
+            assert kernels.current_device() == 0

@@ -36,11 +36,15 @@ def transcribed(name, margin, *, beta, label_smoothing=0.0):
     return value, beta * (label_smoothing * sigmoid(z) - (1 - label_smoothing) * sigmoid(-z))
 
 
-def check_against_transcription(name, logps, **options):
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+def check_against_transcription(name, logps, device="cpu", **options):
     options = {**OPTIONS[name], **options}
     chosen, rejected, ref_chosen, ref_rejected = logps
     leaves = [chosen.clone().requires_grad_(), rejected.clone().requires_grad_()]
-    out = getattr(losses, name)(*leaves, ref_chosen, ref_rejected, **options)
+    there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    out = getattr(losses, name)(*(x.to(device) for x in (*leaves, ref_chosen, ref_rejected)), **there).cpu()
     out.sum().backward()
     assert out.shape == chosen.shape
     assert out.dtype == torch.promote_types(chosen.dtype, torch.float32)
@@ -59,20 +63,22 @@ def check_against_transcription(name, logps, **options):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@DEVICES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [0.1, 20.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_values_and_gradients_equal_the_papers_formulas(name, scale, dtype):
-    check_against_transcription(name, draw(scale=scale, dtype=dtype))
+def test_values_and_gradients_equal_the_papers_formulas(name, scale, dtype, device):
+    check_against_transcription(name, draw(scale=scale, dtype=dtype), device)
 
 
+@DEVICES
 @pytest.mark.parametrize("name", NAMES)
-def test_coefficients_per_pair(name):
+def test_coefficients_per_pair(name, device):
     logps = draw()
     options = {"beta": 0.05 + torch.rand(64)}
     if name == "cdpo":
         options["label_smoothing"] = 0.49 * torch.rand(64)
-    check_against_transcription(name, logps, **options)
+    check_against_transcription(name, logps, device, **options)
     beta = torch.tensor(0.3)
     assert torch.equal(call(name, *logps, beta=beta), call(name, *logps, beta=beta.item()))
 
@@ -86,11 +92,12 @@ def test_narrow_inputs_are_computed_in_float32(name, dtype):
     assert torch.equal(out, call(name, *(value.float() for value in narrow)))
 
 
+@DEVICES
 @pytest.mark.parametrize("margin", [-1e4, -100.0, 100.0, 1e4])
 @pytest.mark.parametrize("name", NAMES)
-def test_large_margins_are_finite_in_value_and_gradient(name, margin):
+def test_large_margins_are_finite_in_value_and_gradient(name, margin, device):
     zero = torch.zeros(1)
-    check_against_transcription(name, [torch.tensor([margin]), zero, zero, zero], beta=1.0)
+    check_against_transcription(name, [torch.tensor([margin]), zero, zero, zero], device, beta=1.0)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
