@@ -11,8 +11,8 @@ pytest.importorskip("transformers")
 import transformers
 
 from prefcore import _native
-from prefcore.data import PackedCollator, pack
-from prefcore.hf import _backends, find_head, response_logps
+from prefcore.data import PackedCollator, PairDataset, pack
+from prefcore.hf import PreferenceTrainer, _backends, find_head, response_logps, score
 from prefcore.hf._backends import BACKENDS, Call, Needs
 from prefcore.hf.attention import run_packed
 from prefcore.testing import assert_no_worse_than
@@ -200,6 +200,35 @@ def test_a_model_is_no_worse_packed_than_one_sequence_at_a_time(name, attention)
     model.double()
     truth = with_parameter_gradients(model, one_at_a_time(model, prompts, responses))
     assert_model_no_worse_than(mine, eager, truth)
+
+
+def test_scores_in_several_passes_are_no_worse_than_one_sequence_at_a_time():
+    model = make("llama")
+    prompts, responses = examples()
+    with torch.no_grad():
+        scores = torch.cat(score(model, prompts, responses, max_tokens=260).logps)
+        eager = one_at_a_time(model, prompts, responses)
+        truth = one_at_a_time(model.double(), prompts, responses)
+    band = torch.finfo(torch.bfloat16).eps * float(truth.abs().max())
+    assert_no_worse_than(scores.cpu().float(), eager.cpu().float(), truth.cpu(), "logps", band=band)
+
+
+@pytest.mark.parametrize("sharing", ["share", "off"])
+def test_a_trainer_takes_its_steps_on_the_gpu(sharing, tmp_path):
+    prompts, responses = examples()
+    pairs = [(p, group[0], group[-1] + [2]) for p, group in zip(prompts, responses, strict=True)]
+    settings = transformers.TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=2, bf16=True, logging_steps=1, report_to=[],
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = PreferenceTrainer(make("llama").float(), settings, PairDataset(pairs), beta=0.1, sharing=sharing)
+    trainer.train()
+    assert next(trainer.model.parameters()).device.type == DEVICE.type
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+    # At the first step the policy is its own reference, but for what bfloat16 rounds otherwise.
+    assert losses[0] == pytest.approx(math.log(2), rel=0.1)
 
 
 def assert_model_no_worse_than(mine, eager, truth):
