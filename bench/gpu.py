@@ -34,6 +34,7 @@ MODELS = {"qwen2.5-0.5b": 16, "llama-3.2-1b": 8}  # pairs of a whole step
 TESTS = {
     "kernels": ["gpu/test_kernels_gpu.py", "ops/test_rows.py", "ops/test_logprobs.py"],
     "head": ["gpu/test_head_gpu.py", "ops/test_linear_logprobs.py"],
+    "divergence": [f"ops/test_{name}.py" for name in ("divergence", "linear_divergence", "pair_rows")],
     "loss": ["gpu/test_linear_loss_gpu.py", "ops/test_linear_loss.py"],
     "ragged": [f"ops/test_{op}.py" for op in ("sequence_reduce", "aggregate", "gather_rows")]
     + ["gpu/test_ragged_gpu.py", "gpu/test_gather_rows_gpu.py"],

@@ -84,10 +84,31 @@ class Logits:
         return [x.detach() for x in stats if x is not None] + [grad]
 
 
+class Divergence(Head):
+    """The same of ``linear_divergence``: the gradient of one side, the other being the reference."""
+
+    def __init__(self, T: int, V: int, kind: str, budget: int | None, **kw) -> None:
+        super().__init__(T, V, "auto", budget, **kw)
+        self.hidden.requires_grad_()
+        self.weight.requires_grad_()
+        self.other = [x.detach().roll(1, 0) for x in (self.hidden, self.weight)]
+        self.kind = kind
+
+    def step(self, rows: slice = slice(None), outputs: tuple[str, ...] = ()) -> list[torch.Tensor]:
+        hidden, weight = self.other
+        stats = prefcore.linear_divergence(
+            self.hidden[rows], self.weight, hidden[rows], weight, self.targets[rows], kind=self.kind, **self.options
+        )
+        grads = torch.autograd.grad(stats.divergence, (self.hidden, self.weight), self.upstream[rows])
+        return [x.detach() for x in stats if x is not None] + list(grads)
+
+
 CASES: dict[str, Callable[..., Head | Logits]] = {
     "logprobs": lambda T, V, **kw: Logits(T, V, **kw),
     "logprobs in place": lambda T, V, **kw: Logits(T, V, inplace=True, **kw),
     **{name: lambda T, V, chosen=chosen, **kw: Head(T, V, *chosen, **kw) for name, chosen in SCHEDULES.items()},
+    "divergence kl": lambda T, V, **kw: Divergence(T, V, "kl_pq", None, **kw),
+    "divergence js in tiles": lambda T, V, **kw: Divergence(T, V, "js", 1, **kw),
 }
 EVERY = pytest.mark.parametrize("case", CASES)
 

@@ -167,7 +167,7 @@ def main() -> None:
     torch.cuda.is_current_stream_capturing = lambda: False
     for name in ("mm", "addmm"):
         setattr(torch, name, strict(name))
-    _backends.BACKENDS["triton"] = _backends.Backend(lambda: KERNELS, "CUDA")
+    _backends.BACKENDS["triton"] = _backends.BACKENDS["triton"]._replace(load=lambda: KERNELS)
     _impl.IMPLEMENTATIONS["linear_loss"][DEVICE] = "triton"
     # Offsets that the host holds have no values here either.
     sys.modules["prefcore.ops.linear_loss"].check_offset_values = lambda *arguments: None

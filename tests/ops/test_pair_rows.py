@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from prefcore import _native
+from prefcore import _impl, _native
 from prefcore.ops._spec import CROSS_ROWS, Coef, LogitSpec, PairSpec, Row, Side
 from prefcore.ops._stats import accumulator_dtype, new_state
 from prefcore.testing import assert_no_worse_than
@@ -33,12 +33,28 @@ def cpu() -> Backend:
     return Backend(importlib.import_module("prefcore.ops._pair_rows_cpu"), torch.device("cpu"))
 
 
-def triton() -> Backend:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def triton_interpreted() -> Backend:
+    if not _impl.interpreting():
+        pytest.skip("Triton's interpreter is off: TRITON_INTERPRET=1 turns it on")
+    return triton_on("cpu")
+
+
+def triton_cuda() -> Backend:
+    return triton_on("cuda")
+
+
+def triton_on(kind: str) -> Backend:
+    device = torch.device(kind)
     return Backend(importlib.import_module("prefcore.kernels.divergence"), device)
 
 
-BACKENDS: dict[str, Callable[[], Backend]] = {"cpu-baseline": cpu, "cpu-avx2": cpu, "cpu-avx512": cpu, "triton": triton}
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "cpu-baseline": cpu,
+    "cpu-avx2": cpu,
+    "cpu-avx512": cpu,
+    "triton-interpreted": triton_interpreted,
+    "triton-cuda": triton_cuda,
+}
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PAIRS = [PairSpec("kl"), PairSpec("alpha", 0.3), PairSpec("js", 0.5), PairSpec("js", 0.1), PairSpec("tv")]
@@ -46,7 +62,9 @@ KINDS = [PairSpec("kl"), PairSpec("alpha", 0.3), PairSpec("js", 0.1), PairSpec("
 IGNORE = -100
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.gpu] if name.endswith("cuda") else []) for name in BACKENDS]
+)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     found = BACKENDS[request.param]()
     kind, _, isa = request.param.partition("-")
