@@ -107,14 +107,52 @@ class Inputs:
         """``[T, D]``, the rows that are scored, in the order of ``targets``."""
         return self.hidden
 
-    def truth(self, rows: int | None = None) -> Tensor:
-        """The log-probabilities in float64, of the first ``rows`` only if that is given."""
+    def exact(self, rows: Tensor, where: slice) -> Tensor:
+        """The values of the rows ``where``, which are given, in their type; differentiable in them."""
+        return exact_logps(rows, self.weight.detach(), self.targets[where], self.shape.softcap)
+
+    def truth(self, count: int | None = None) -> Tensor:
+        """The values of the first ``count`` rows in float64."""
         with torch.no_grad():
-            return exact_logps(self.rows()[:rows], self.weight, self.targets[:rows], self.shape.softcap)
+            parts = self.rows()[:count].split(512)
+            return torch.cat([self.exact(part.double(), slice(512 * i, 512 * (i + 1))) for i, part in enumerate(parts)])
+
+    def row_gradients(self) -> Tensor:
+        return self.hidden.grad
+
+    def gradient_error(self, truth: Tensor, count: int = 64) -> float:
+        """The largest error of the gradients of the first rows and the first tokens' weights, over the largest of each.
+
+        ``truth`` are the values of all rows.
+        """
+        truth = truth.detach().requires_grad_()
+        (upstream,) = torch.autograd.grad(self.loss(truth), truth)
+        some = self.rows()[:count].detach().double().requires_grad_()
+        (exact,) = torch.autograd.grad(self.exact(some, slice(count)), some, upstream[:count])
+        error = relative(self.row_gradients()[:count], exact)
+        weight_exact = self.weight_gradients(truth.detach(), upstream, count)
+        return error if weight_exact is None else max(error, relative(self.weight.grad[:count], weight_exact))
+
+    def weight_gradients(self, truth: Tensor, upstream: Tensor, count: int) -> Tensor | None:
+        """``[count, D]``, those of the first tokens' weights in float64."""
+        if not self.weight.requires_grad:
+            return None
+        rows, weight, softcap = self.rows().detach().double(), self.weight.detach(), self.shape.softcap
+        part = weight[:count].double().requires_grad_()
+        logits = capped(rows @ part.t(), softcap)
+        chosen = capped((rows * weight[self.targets].double()).sum(1), softcap)
+        probabilities = torch.exp(logits.detach() - (chosen - truth)[:, None])
+        hits = self.targets[:, None] == torch.arange(count, device=weight.device)[: part.shape[0]]
+        (exact,) = torch.autograd.grad(logits, part, upstream[:, None] * (hits.double() - probabilities))
+        return exact
 
     def loss(self, logps: Tensor) -> Tensor:
         """The op's loss of the log-probabilities ``[T]``."""
         return (logps * self.upstream.to(logps.dtype)).sum()
+
+
+def relative(given: Tensor, exact: Tensor) -> float:
+    return ((given.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -183,6 +221,9 @@ class Pairs(Sequences):
     def rows(self) -> Tensor:
         return self.hidden.view(-1, self.shape.D).index_select(0, self.index)
 
+    def row_gradients(self) -> Tensor:
+        return self.hidden.grad.view(-1, self.shape.D)[self.index]
+
     def sums(self, logps: Tensor) -> tuple[Tensor, Tensor]:
         chosen, rejected = logps.view(-1, 2, self.shape.length).sum(2).unbind(1)
         return chosen, rejected
@@ -245,15 +286,12 @@ class Divergence(Inputs):
         self.other_hidden = self.random.normal(shape.T, shape.D)
         self.other_weight = self.random.normal(shape.V, shape.D, scale=shape.D**-0.5)
 
-    def truth(self, rows: int | None = None) -> Tensor:
-        """The divergences in float64."""
-        with torch.no_grad():
-            weight, other = self.weight.double(), self.other_weight.double()
-            some = [
-                divergences(h.double() @ weight.t(), o.double() @ other.t(), self.shape.softcap)
-                for h, o in zip(self.hidden[:rows].split(512), self.other_hidden[:rows].split(512), strict=True)
-            ]
-        return torch.cat(some)
+    def exact(self, rows: Tensor, where: slice) -> Tensor:
+        other = self.other_hidden[where].to(rows.dtype) @ self.other_weight.to(rows.dtype).t()
+        return divergences(rows @ self.weight.detach().to(rows.dtype).t(), other, self.shape.softcap)
+
+    def weight_gradients(self, truth: Tensor, upstream: Tensor, count: int) -> None:
+        """Left out: they take both models' whole logits."""
 
     def loss(self, values: Tensor) -> Tensor:
         return values.mean()
@@ -280,13 +318,17 @@ class Logits(Inputs):
     def leaves(self) -> list[Tensor]:
         return [self.logits] if self.gradient else []
 
-    def truth(self, rows: int | None = None) -> Tensor:
-        with torch.no_grad():
-            some = [
-                capped(part.double(), self.shape.softcap).log_softmax(1).gather(1, wanted[:, None])[:, 0]
-                for part, wanted in zip(self.logits[:rows].split(512), self.targets[:rows].split(512), strict=True)
-            ]
-        return torch.cat(some)
+    def rows(self) -> Tensor:
+        return self.logits
+
+    def row_gradients(self) -> Tensor:
+        return self.logits.grad
+
+    def exact(self, rows: Tensor, where: slice) -> Tensor:
+        return capped(rows, self.shape.softcap).log_softmax(1).gather(1, self.targets[where, None])[:, 0]
+
+    def weight_gradients(self, truth: Tensor, upstream: Tensor, count: int) -> None:
+        """There is no weight."""
 
 
 class LogitPairs(Logits):
@@ -296,13 +338,8 @@ class LogitPairs(Logits):
         super().__init__(shape, head)
         self.other_logits = self.random.normal(shape.T, shape.V)
 
-    def truth(self, rows: int | None = None) -> Tensor:
-        with torch.no_grad():
-            some = [
-                divergences(part.double(), other.double(), self.shape.softcap)
-                for part, other in zip(self.logits[:rows].split(512), self.other_logits[:rows].split(512), strict=True)
-            ]
-        return torch.cat(some)
+    def exact(self, rows: Tensor, where: slice) -> Tensor:
+        return divergences(rows, self.other_logits[where].to(rows.dtype), self.shape.softcap)
 
 
 INPUTS: dict[str, Callable[[Shape, str], Inputs]] = {

@@ -78,18 +78,19 @@ def table(rows: Rows) -> str:
     lines = [
         f"**{title(rows[0])}, T = {rows[0]['T']}**",
         "",
-        "| | time | over the floor | peak memory | max error of rows | of the loss |" + " this / other |" * against,
-        "| --- | --- | --- | --- | --- | --- |" + " --- |" * against,
+        "| | time | over the floor | peak memory | max error of rows | of the loss | of gradients |"
+        + " this / other |" * against,
+        "| --- | --- | --- | --- | --- | --- | --- |" + " --- |" * against,
     ]
     for row in rows:
         refused = row.get("failed") or row.get("skipped")
         if refused:
             how = "failed" if "failed" in row else "skipped"
-            lines.append(f"| {row['case']} | {how}: {refused} | | | | |" + " |" * against)
+            lines.append(f"| {row['case']} | {how}: {refused} | | | | | |" + " |" * against)
             continue
         lines.append(
             f"| {row['case']} | {row['milliseconds']:.3g} ms | {row['over_floor']:.2f} | {memory(row)} "
-            f"| {error(row, 'max_error')} | {error(row, 'loss_error')} |"
+            f"| {error(row, 'max_error')} | {error(row, 'loss_error')} | {error(row, 'gradient_error')} |"
             + (f" {1 / row['speedup']:.3f} |" if against else "")
         )
     noted = [row for row in rows if row.get("note") and "skipped" not in row]

@@ -119,6 +119,8 @@ class Bench:
         if result.loss is not None and affordable:
             exact = self.inputs.loss(truth)
             row |= {"loss_error": (result.loss.double() - exact).abs().item(), "loss": exact.item()}
+        if affordable and self.inputs.gradient and any(value is not None for value in result):
+            row["gradient_error"] = self.inputs.gradient_error(truth)
         return row
 
     def bandwidth(self) -> float:

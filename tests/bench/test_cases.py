@@ -92,6 +92,22 @@ def test_a_provider_computes_the_values_and_gradients_of_its_op(case, softcap):
         assert (leaf.grad.double() - exact).abs().max() <= 2 * error + EPS * exact.abs().max()
 
 
+@pytest.mark.parametrize(
+    "key", [f"{op}/pytorch/{how}/trained" for op, how in (("dpo", "all rows"), ("cross_entropy", "autograd"))]
+)
+def test_the_error_of_gradients_is_that_of_their_first_rows(key):
+    inputs, step = inputs_of(CASES[key], dataclasses.replace(SHAPE, softcap=3.0))
+    rows, _, _, (hidden, weight) = oracle(inputs)
+    step()
+    assert inputs.gradient_error(rows) < 16 * EPS
+    inputs.weight.grad[3] += 0.25 * weight[:64].abs().max()
+    assert inputs.gradient_error(rows) == pytest.approx(0.25, rel=1e-3)
+    inputs.hidden.grad += 0.5 * hidden.abs().max()
+    assert inputs.gradient_error(rows) == pytest.approx(0.5, rel=1e-3)
+    inputs.weight.grad[64:] = torch.nan  # beyond what is looked at
+    assert inputs.gradient_error(rows) == pytest.approx(0.5, rel=1e-3)
+
+
 def test_without_a_reference_liger_computes_the_loss_of_a_zero_one():
     inputs, _ = inputs_of(CASES["dpo/liger/response rows, no reference/trained"])
     from bench.providers import liger_pairs
