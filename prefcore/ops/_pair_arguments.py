@@ -14,6 +14,9 @@ from prefcore.ops._checks import check_number, check_type
 Kind = Literal["kl_pq", "kl_qp", "js", "alpha", "tv"]
 Same = Literal["same"]
 
+# What marks a row to skip where no targets are given: none of the zeros that stand for them.
+NO_TOKEN = -1
+
 
 class Divergence(NamedTuple):
     """Which divergence, as the operators know it: of fewer kinds, after exchanging the sides."""

@@ -17,7 +17,7 @@ from prefcore.ops._autograd import once_differentiable
 from prefcore.ops._backends import BACKENDS, Backend
 from prefcore.ops._checks import check_type
 from prefcore.ops._pair import PairGrads, PairSettings, RowPair
-from prefcore.ops._pair_arguments import Kind, Same, check_kind, check_sides, pair_settings, pair_stats
+from prefcore.ops._pair_arguments import NO_TOKEN, Kind, Same, check_kind, check_sides, pair_settings, pair_stats
 from prefcore.ops._register import register
 from prefcore.ops._spec import CROSS_ROWS, Coef, Side
 from prefcore.ops._stats import accumulator_dtype, new_state, row_gradient
@@ -238,6 +238,8 @@ def divergence(
         logits, rows, temperature, softcap, logit_scale, other_temperature, other_softcap, other_logit_scale,
         ignore_index, outputs,
     )  # fmt: skip
+    if targets is None:
+        ignore_index = NO_TOKEN
     run = resolve(impl, "divergence", logits.device)
     if run == "reference":
         check_targets(rows.reshape(-1), logits.shape[-1], ignore_index, None)

@@ -24,7 +24,7 @@ from prefcore.ops._autograd import once_differentiable
 from prefcore.ops._backends import BACKENDS, Backend
 from prefcore.ops._checks import check_type
 from prefcore.ops._pair import PairGrads, RowPair
-from prefcore.ops._pair_arguments import Kind, Same, check_kind, check_sides, pair_settings, pair_stats
+from prefcore.ops._pair_arguments import NO_TOKEN, Kind, Same, check_kind, check_sides, pair_settings, pair_stats
 from prefcore.ops._pair_walk import HeadInputs, Kernels, LinearPairSettings, PairSaved
 from prefcore.ops._register import register
 from prefcore.ops._stats import accumulator_dtype
@@ -297,6 +297,7 @@ def linear_divergence(
         >>> stats.divergence.sum().backward()
     """
     divergence = check_kind(kind, alpha, beta)
+    check_type("hidden", hidden, Tensor)
     rows = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device) if targets is None else targets
     check_head_tensors(hidden, weight, rows, bias)
     _check_other(hidden, weight, other_hidden, other_weight, rows, other_bias)
@@ -317,6 +318,8 @@ def linear_divergence(
         hidden, rows, temperature, softcap, logit_scale, other_temperature, other_softcap, other_logit_scale,
         ignore_index, outputs,
     )  # fmt: skip
+    if targets is None:
+        ignore_index = NO_TOKEN
     if run == "reference":
         if schedule != "auto" or memory_budget is not None or drop_zero_rows:
             raise NotImplementedError(

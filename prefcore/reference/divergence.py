@@ -32,6 +32,8 @@ def divergence(
     """A divergence of p = softmax(z) and q = softmax(other z) for each row, from its definition."""
     skipped = logits.new_zeros(logits.shape[:-1], dtype=torch.bool) if targets is None else targets == ignore_index
     scored = torch.zeros_like(skipped, dtype=torch.int64) if targets is None else targets
+    if targets is None:
+        ignore_index = -1  # none of these zeros
 
     def side(x: Tensor, entropy: str, **options: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         log_p = transform(x.masked_fill(skipped[..., None], 0), **options).log_softmax(-1)
