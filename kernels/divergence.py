@@ -360,7 +360,8 @@ def _pair(log_p, log_q, weights, V: tl.constexpr, KIND: tl.constexpr):
     else:
         p, q = rows.exp(log_p, V), rows.exp(log_q, V)
         if KIND == "kl":
-            p_part, q_part = tl.where(p == 0, 0.0, log_p - log_q), p
+            # Finite, so that a coefficient of 0 makes 0 of it.
+            p_part, q_part = tl.where(p == 0, 0.0, tl.minimum(log_p - log_q, -rows.FLOOR)), p
         elif KIND == "alpha":
             p_part = rows.exp(weights[0] * log_p + weights[1] * log_q, V)
             q_part = p_part

@@ -155,5 +155,6 @@ def coefficients(grads: PairGrads, index: int, stats: RowPair, ignored: Tensor) 
     rows[Coef.ENTROPY], rows[Coef.DIVERGENCE] = g_entropy / safe, g_divergence / safe
     if entropy.shape == scale.shape:
         rows[Coef.H] = entropy
-    rows[Coef.OFFSET] = stats.offsets[index]
+    # An infinite divergence whose gradient is masked out sends none.
+    rows[Coef.OFFSET] = stats.offsets[index].masked_fill(g_divergence == 0, 0)
     return scale, torch.stack(rows)

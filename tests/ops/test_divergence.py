@@ -147,6 +147,37 @@ def test_without_targets_every_row_counts(kind, impl, device):
     assert (actual["divergence"] > 0).all()
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("op", ["divergence", "linear_divergence"])
+def test_without_targets_no_ignore_index_skips_a_row(op, impl):
+    logits, other, _ = make((4, 300))
+    head = (torch.eye(300),) if op == "linear_divergence" else ()
+    stats = getattr(prefcore, op)(
+        logits, *head, other, *head, kind="js", ignore_index=0, outputs=("entropy", "other_entropy"), impl=impl
+    )
+    assert all((x > 0).all() for x in (stats.divergence, stats.entropy, stats.other_entropy))
+
+
+@EVERY
+@pytest.mark.parametrize("rest", [True, False], ids=["beside-others", "alone"])
+def test_an_infinite_divergence_masked_out_of_a_loss_sends_no_gradient(rest, impl, device):
+    logits, other, targets = (x.to(device) for x in make((12, 300), ignored="none"))
+    logits.requires_grad_()
+    other[3, 7] = -torch.inf
+    targets[3] = 5
+    stats = prefcore.divergence(logits, other, targets, kind="kl_pq", impl=impl)
+    assert stats.divergence.isinf().nonzero().tolist() == [[3]]
+    loss = stats.divergence.where(stats.divergence.isfinite(), 0).sum()
+    (found,) = torch.autograd.grad(loss + stats.logps.sum() if rest else loss, logits)
+    keep = torch.arange(12, device=device) != 3
+    again = prefcore.divergence(logits, other, targets, kind="kl_pq", impl=impl)
+    loss = again.divergence[keep].sum()
+    expected = torch.autograd.grad(logits.log_softmax(-1)[3, 5], logits)[0] if rest else torch.zeros_like(logits)
+    (kept,) = torch.autograd.grad(loss + again.logps[keep].sum() if rest else loss, logits)
+    torch.testing.assert_close(found[3], expected[3], rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[keep], kept[keep])
+
+
 @EVERY
 @ALL_KINDS
 @pytest.mark.parametrize("scale", [1e4, 1e-4], ids=["large", "small"])

@@ -362,6 +362,29 @@ def test_a_missing_support_is_infinitely_far_in_kl_and_finitely_in_the_others(im
     assert values["kl_pq"]["d_hidden"].isnan().all(), "no plausible number"
 
 
+@pytest.mark.parametrize("budget", [None, TINY])
+def test_an_infinite_divergence_masked_out_of_a_loss_leaves_the_weight_its_gradient(budget):
+    case = make("kl_pq", 12, 300, ignored="none", extras="", outputs=())
+    case.tensors["other_hidden"][:, 0] = 0
+    case.tensors["other_hidden"][3, 0], case.tensors["other_weight"][7, 0] = 1e3, -1e38
+    hidden, weight, other_hidden, other_weight = (
+        case.tensors[name] for name in ("hidden", "weight", "other_hidden", "other_weight")
+    )
+
+    def gradients(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        leaves = hidden[rows].requires_grad_(), weight.clone().requires_grad_()
+        stats = prefcore.linear_divergence(
+            *leaves, other_hidden[rows], other_weight, kind="kl_pq", memory_budget=budget
+        )
+        return torch.autograd.grad(stats.divergence.where(stats.divergence.isfinite(), 0).sum(), leaves)
+
+    rows = torch.arange(12)
+    every, finite = gradients(rows), gradients(rows[rows != 3])
+    assert (every[0][3] == 0).all()
+    torch.testing.assert_close(every[0][rows != 3], finite[0])
+    torch.testing.assert_close(every[1], finite[1])
+
+
 @NATIVE
 @ALL_KINDS
 @pytest.mark.parametrize("schedule", ["retain", "recompute"])
