@@ -257,8 +257,11 @@ def linear_divergence(
         other_weight: ``[V, E]``; it may be ``weight`` itself.
         targets: ``[...]`` int64 token ids, for ``logps`` and ``other_logps``; ``ignore_index`` marks a row to skip.
             None scores no token and skips no row.
-        kind: which divergence, as above. Its gradient at a row where it is infinite is NaN.
-        alpha, beta: the parameter of ``alpha`` and ``js``, between 0 and 1; 1/2 by default.
+        kind: which divergence, as above. A KL is infinite where the distribution that it averages over has probability
+            and the other has none; that one's gradient is then infinite or NaN, or none if the loss masks the row out.
+        alpha, beta: the parameter of ``alpha`` and ``js``, between 0 and 1; 1/2 by default. ``beta`` is p's share of the
+            mixture: where q is the teacher, the beta of GKD and of TRL, the teacher's share, is 1 - ``beta``. Near 0
+            and 1 rounding errors of ``alpha`` grow by 1/(alpha·(1 - alpha)); its limits are the KLs.
         bias, other_bias: ``[V]`` or None, of the weights' type.
         temperature, softcap, logit_scale: as in :func:`prefcore.linear_logprobs`.
         other_temperature, other_softcap, other_logit_scale: of the other side; by default the same as the first's.

@@ -708,6 +708,7 @@ def test_the_reference_serves_by_name():
         ({"other_hidden": torch.zeros(3, 6)}, ValueError, "other_hidden"),
         ({"other_weight": torch.zeros(29, 6)}, ValueError, r"other_weight\[:V\]"),
         ({"other_weight": torch.zeros(30, 7)}, ValueError, "of the other side: expected weight"),
+        ({"hidden": None, "targets": None}, TypeError, "hidden"),
         ({"other_weight": None}, TypeError, "other_weight"),
         ({"other_bias": torch.zeros(29)}, ValueError, "of the other side: expected bias"),
         (
