@@ -129,7 +129,10 @@ def limits(
         retained = max(0, budget - max(tile_bytes, rows * cols * itemsize)) // (V * itemsize)
     else:
         retained = 0
-    return Limits(rows, cols, retained, tile_bytes // (V * itemsize))
+    whole = tile_bytes // (V * itemsize)
+    if not retained:  # all of the budget is there for as many rows as save a sweep
+        whole = max(whole, min(_MIN_WHOLE_ROWS, budget // (V * itemsize)))
+    return Limits(rows, cols, retained, whole)
 
 
 def in_whole_rows(bounds: Limits, rows: int) -> bool:

@@ -550,6 +550,26 @@ def test_the_call_computes_what_the_plan_says(budget, trained, kind, monkeypatch
     assert made.sweeps == (1 if budget is None else (1 if kind in ("kl_pq", "kl_qp", "alpha") else 2) + bool(names))
 
 
+@pytest.mark.parametrize("kind", ["js", "tv"])
+@pytest.mark.parametrize("schedule", ["auto", "recompute"])
+def test_a_budget_of_256_whole_rows_saves_the_second_sweep_where_nothing_is_retained(schedule, kind, monkeypatch):
+    T, D, E, V = 400, 8, 6, 2500
+    budget = 256 * 2 * V * 4
+    case = make(kind, T, V, ignored="none", extras="", outputs=())
+    case.tensors["hidden"].requires_grad_(schedule == "recompute")
+    counted = count_products(monkeypatch)
+    prefcore.linear_divergence(**case.tensors, kind=kind, schedule=schedule, memory_budget=budget)
+    assert sum(counted) == 2 * T * (D + E) * V
+    options = {
+        "dtype": torch.float32, "device": "cpu", "divergence": kind, "other_D": E, "schedule": schedule,
+        "hidden_requires_grad": schedule == "recompute", "weight_requires_grad": False,
+    }  # fmt: skip
+    made = prefcore.plan(T, D, V, memory_budget=budget, **options)
+    assert made.sweeps == 1 + (schedule == "recompute")
+    assert made.peak_bytes <= budget + 2 * T * D * 4
+    assert prefcore.plan(T, D, V, memory_budget=budget - 1, **options).sweeps == made.sweeps + 1
+
+
 def test_a_frozen_side_costs_no_gradient_product(monkeypatch):
     T, D, E, V = 60, 8, 6, 300
     case = make("kl_pq", T, V, ignored="none", extras="", trained="first")
