@@ -259,9 +259,9 @@ def linear_divergence(
             None scores no token and skips no row.
         kind: which divergence, as above. A KL is infinite where the distribution that it averages over has probability
             and the other has none; that one's gradient is then infinite or NaN, or none if the loss masks the row out.
-        alpha, beta: the parameter of ``alpha`` and ``js``, between 0 and 1; 1/2 by default. ``beta`` is p's share of the
-            mixture: where q is the teacher, the beta of GKD and of TRL, the teacher's share, is 1 - ``beta``. Near 0
-            and 1 rounding errors of ``alpha`` grow by 1/(alpha·(1 - alpha)); its limits are the KLs.
+        alpha, beta: the parameter of ``alpha`` and ``js``, between 0 and 1; 1/2 by default. ``beta`` is p's share of
+            the mixture: where q is the teacher, the beta of GKD and of TRL, the teacher's share, is 1 - ``beta``. Near
+            0 and 1 rounding errors of ``alpha`` grow by 1/(alpha·(1 - alpha)); its limits are the KLs.
         bias, other_bias: ``[V]`` or None, of the weights' type.
         temperature, softcap, logit_scale: as in :func:`prefcore.linear_logprobs`.
         other_temperature, other_softcap, other_logit_scale: of the other side; by default the same as the first's.
@@ -339,7 +339,7 @@ def linear_divergence(
             other_temperature=temperature if other_temperature == "same" else other_temperature,
             other_softcap=other.softcap, other_logit_scale=other.logit_scale,
         )  # fmt: skip
-    # Dynamo does not trace a function that gets one tensor twice, such as a head that both sides share.
+    # Dynamo does not trace a function that gets one tensor twice, such as a head that both sides share, or its buffer.
     flat, other_flat = (x.reshape(-1, x.shape[-1]) for x in (hidden, other_hidden))
     sides = [
         (flat, weight, bias, first.temperatures),
@@ -352,6 +352,8 @@ def linear_divergence(
             )
         ),
     ]
+    if other_weight_grad_out is weight_grad_out and other_weight_grad_out is not None:
+        other_weight_grad_out = other_weight_grad_out.view_as(other_weight_grad_out)
     options, outs = [first, other], (weight_grad_out, other_weight_grad_out)
     if divergence.exchanged:
         sides, options, outs = sides[::-1], options[::-1], outs[::-1]

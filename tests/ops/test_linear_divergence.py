@@ -659,6 +659,28 @@ def test_one_compiled_graph_serves_every_length(budget, kind, impl, device):
     assert len(frames) == 1
 
 
+@pytest.mark.parametrize("kind", ["kl_qp", "js"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_one_buffer_takes_the_weight_gradients_of_both_sides(compiled, kind):
+    case = make(kind, 20, 300, D=6, extras="")
+    hidden, weight, other = (case.tensors[k].requires_grad_() for k in ("hidden", "weight", "other_hidden"))
+
+    def step(hidden, other, out=None):
+        return prefcore.linear_divergence(
+            hidden, weight, other, weight, kind=kind, weight_grad_out=out, other_weight_grad_out=out
+        ).divergence.sum()
+
+    expected = torch.autograd.grad(step(hidden, other), (weight, hidden, other))
+    torch._dynamo.reset()
+    run = torch.compile(step, backend="aot_eager", dynamic=True, fullgraph=True) if compiled else step
+    out = torch.ones(300, 6)
+    for _ in range(2):  # micro-batches
+        actual = torch.autograd.grad(run(hidden, other, out), (weight, hidden, other), allow_unused=True)
+        assert actual[0] is None
+        torch.testing.assert_close(actual[1:], expected[1:])
+    torch.testing.assert_close(out, 1 + 2 * expected[0])
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     T=st.integers(0, 40),
