@@ -114,8 +114,9 @@ class Inputs:
     def truth(self, count: int | None = None) -> Tensor:
         """The values of the first ``count`` rows in float64."""
         with torch.no_grad():
-            parts = self.rows()[:count].split(512)
-            return torch.cat([self.exact(part.double(), slice(512 * i, 512 * (i + 1))) for i, part in enumerate(parts)])
+            rows = self.rows()[:count]
+            parts = [slice(start, min(start + 512, rows.shape[0])) for start in range(0, rows.shape[0], 512)]
+            return torch.cat([self.exact(rows[part].double(), part) for part in parts])
 
     def row_gradients(self) -> Tensor:
         return self.hidden.grad

@@ -63,6 +63,15 @@ def eager_of(case):
     return next(CASES[key] for s in schedules if (key := f"{case.op}/pytorch/{s}/{case.head}") in CASES)
 
 
+@pytest.mark.parametrize("op", sorted({case.op for case in CASES.values()}))
+def test_the_truth_of_the_first_rows_is_that_of_all(op):
+    case = next(case for case in CASES.values() if (case.op, case.provider) == (op, "pytorch"))
+    inputs = case.inputs(dataclasses.replace(SHAPE, T=1040))
+    every = inputs.truth()
+    for count in (5, 512, 700):
+        torch.testing.assert_close(inputs.truth(count), every[:count], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
 @pytest.mark.parametrize("case", [c for c in CASES.values() if "no reference" not in c.schedule], ids=lambda c: c.key)
 def test_a_provider_computes_the_values_and_gradients_of_its_op(case, softcap):
