@@ -54,15 +54,17 @@ def markdown(report: dict) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for row in report["rows"]:
-        refused = row.get("failed") or row.get("skipped")
-        if refused:
-            lines.append(f"| {row['case']} | {'failed' if 'failed' in row else 'skipped'}: {refused} | | | |")
+        if "skipped" in row:
+            continue
+        if "failed" in row:
+            lines.append(f"| {row['case']} | failed: {row['failed']} | | | |")
             continue
         lines.append(
             f"| {row['case']} | {row['gemms']:.2f} | {row['gemms'] / row['floor']:.2f} x {row['floor']} "
             f"| {row['peak_mib']:.0f} MiB | {row['max_error']:.1e} |"
         )
-    return "\n".join(lines)
+    left_out = dict.fromkeys(row["skipped"] for row in report["rows"] if "skipped" in row)
+    return "\n".join(lines + [f"\nLeft out: {'; '.join(left_out)}."] * bool(left_out))
 
 
 if __name__ == "__main__":
