@@ -362,6 +362,18 @@ def test_a_missing_support_is_infinitely_far_in_kl_and_finitely_in_the_others(im
     assert values["kl_pq"]["d_hidden"].isnan().all(), "no plausible number"
 
 
+@NATIVE
+@pytest.mark.parametrize("kind", ["kl_pq", "kl_qp", "js"])
+@pytest.mark.parametrize("budget", [None, TINY])
+def test_rows_of_which_one_side_alone_has_a_gradient_are_not_dropped(budget, kind, impl, device):
+    case = make(kind, 40, 300, ignored="none", outputs=())
+    for name, rows in (("divergence", slice(0, 2)), ("logps", slice(4, 8)), ("other_logps", slice(20, 26))):
+        kept = case.upstream[name][rows].clone()
+        case.upstream[name] = torch.zeros(40, dtype=torch.float64)
+        case.upstream[name][rows] = kept
+    check(case, impl, device, memory_budget=budget, drop_zero_rows=True)
+
+
 @pytest.mark.parametrize("budget", [None, TINY])
 def test_an_infinite_divergence_masked_out_of_a_loss_leaves_the_weight_its_gradient(budget):
     case = make("kl_pq", 12, 300, ignored="none", extras="", outputs=())
