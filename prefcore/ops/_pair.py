@@ -99,8 +99,8 @@ def finish(states: tuple[Tensor, Tensor], cross: Tensor, targets: Tensor, settin
         value = cross[2]
     else:
         value = cross[2] / 2
-    # None is negative but by rounding.
-    divergence = value.clamp_min(0).masked_fill_(ignored, 0)
+    # None is negative but by rounding; and 0 has no sign.
+    divergence = value.clamp_min(0).add_(0).masked_fill_(ignored, 0)
     return RowPair(
         divergence, p.logps, q.logps, p.entropy, q.entropy, offsets.masked_fill(ignored, 0),
     )  # fmt: skip

@@ -343,8 +343,10 @@ def _plan_pair(
     check_schedule(schedule, PAIR_SCHEDULES)
     if groups is not None:
         raise ValueError("groups is for schedule='loop', which linear_divergence does not have")
-    if other_D is not None and (type(other_D) is not int or other_D < 1):
-        raise ValueError(f"other_D must be a positive int or None, got {other_D!r}")
+    if other_D is not None and type(other_D) is not int:
+        raise TypeError(f"other_D must be an int or None, got {type(other_D).__name__}")
+    if other_D is not None and other_D < 1:
+        raise ValueError(f"expected other_D >= 1, got {other_D}")
     widths = (D, D if other_D is None else other_D)
     grads = (hidden_grad, weight_grad), (other_hidden_grad, other_weight_grad)
     chosen = choose_pair(schedule, any(grads[0]) or any(grads[1]))

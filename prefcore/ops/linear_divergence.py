@@ -275,7 +275,7 @@ def linear_divergence(
         weight_grad_out, other_weight_grad_out: ``[V, D]`` and ``[V, E]``, float32 or of the weight's type: the weight's
             gradient is added to it in place, and autograd gets none for that weight.
         drop_zero_rows: leave rows whose upstream gradients are zero out of the backward. On a GPU it costs one
-            synchronisation per backward; on a CPU it is always done.
+            synchronisation per backward; on a CPU it is done where they are an eighth or more.
         process_group: for heads sharded over their vocabulary; not built yet.
         impl: ``auto`` is ``cpu`` or ``triton`` by the tensors' device; a named one is used or refused.
 

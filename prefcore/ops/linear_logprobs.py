@@ -255,7 +255,7 @@ def linear_logprobs(
         weight_grad_out: ``[V, D]``, float32 or of the weight's type: ∂L/∂weight is added to it in place, and
             autograd gets none for the weight.
         drop_zero_rows: leave rows whose upstream gradient is zero out of the backward's GEMMs. On a GPU it costs one
-            synchronisation per backward; on a CPU it is always done.
+            synchronisation per backward; on a CPU it is done where they are an eighth or more.
         process_group: for a head sharded over its vocabulary; not built yet.
         impl: ``auto`` is ``cpu`` or ``triton`` by the tensors' device; a named one is used or refused.
 

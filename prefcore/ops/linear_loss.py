@@ -110,7 +110,7 @@ def linear_loss(
             the weight's are NaN (what ``weight_grad_out`` got stays); on a CPU, and on a GPU with
             ``PREFCORE_CHECK=1``, the backward raises.
         drop_zero_rows: leave rows whose gradient is zero out of the gradients' GEMMs. On a GPU it costs one
-            synchronisation per tile; on a CPU it is always done.
+            synchronisation per tile; on a CPU it is done where they are an eighth or more.
         process_group: for a head sharded over its vocabulary; not built yet.
         impl: ``auto`` is ``cpu`` or ``triton`` by the tensors' device; a named one is used or refused.
 
