@@ -7,6 +7,7 @@ as ratio is the median over the rounds.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -160,7 +161,8 @@ class Worker:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # of a request that it never read
+                    pipe.close()
 
 
 def failures(report: dict) -> list[str]:
