@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 using Address = std::uintptr_t;
 
@@ -12,10 +14,19 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Calls `body` with a value of the element type that has `itemsize` bytes.
+template <typename Body>
+void with_float_type(int itemsize, const Body& body) {
+  if (itemsize == 4) return body(float());
+  if (itemsize == 8) return body(double());
+  throw std::invalid_argument("itemsize must be 4 (float32) or 8 (float64), got " + std::to_string(itemsize));
+}
+
 // Refuse a number that is no instruction set of the row kernels here.
 void check_isa(int level);
 
 void bind_divergence(pybind11::module_& m);
+void bind_gae(pybind11::module_& m);
 void bind_gather_rows(pybind11::module_& m);
 void bind_logprobs(pybind11::module_& m);
 void bind_sequence_reduce(pybind11::module_& m);

@@ -10,6 +10,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
+  bind_gae(m);
   bind_gather_rows(m);
   bind_logprobs(m);
   bind_divergence(m);  // takes the LogitRows of logprobs

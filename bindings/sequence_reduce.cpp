@@ -3,8 +3,6 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 #include "bindings.h"
 
@@ -12,14 +10,6 @@ namespace py = pybind11;
 
 namespace prefcore {
 namespace {
-
-// Calls `body` with a value of the element type that has `itemsize` bytes.
-template <typename Body>
-void with_float_type(int itemsize, const Body& body) {
-  if (itemsize == 4) return body(float());
-  if (itemsize == 8) return body(double());
-  throw std::invalid_argument("itemsize must be 4 (float32) or 8 (float64), got " + std::to_string(itemsize));
-}
 
 template <bool Forward>
 void run_cpu(int itemsize, int mode, std::uintptr_t in, std::uintptr_t weights, std::uintptr_t offsets,

@@ -5,14 +5,10 @@
 
 #include <cstdint>
 
+#include "core/ragged.h"
 #include "core/sequence_reduce.h"
 
 namespace prefcore {
-
-struct Ragged {
-  const std::int32_t* offsets;
-  std::int64_t sequences;
-};
 
 namespace cpu {
 

@@ -3,10 +3,11 @@
 Importing this package needs torch alone; triton and transformers are imported when something asks for them.
 """
 
-from prefcore._types import LinearLoss, PairStats, Tile, TokenStats
+from prefcore._types import GAE, LinearLoss, PairStats, Tile, TokenStats
 from prefcore.ops._plan import Plan, plan
 from prefcore.ops.aggregate import aggregate
 from prefcore.ops.divergence import divergence
+from prefcore.ops.gae import gae
 from prefcore.ops.gather_rows import RowInverse, gather_rows, invert_rows
 from prefcore.ops.linear_divergence import linear_divergence
 from prefcore.ops.linear_logprobs import linear_logprobs
@@ -17,6 +18,7 @@ from prefcore.ops.sequence_reduce import sequence_reduce
 __version__ = "0.1.0"
 
 __all__ = [
+    "GAE",
     "LinearLoss",
     "PairStats",
     "Plan",
@@ -25,6 +27,7 @@ __all__ = [
     "TokenStats",
     "aggregate",
     "divergence",
+    "gae",
     "gather_rows",
     "invert_rows",
     "linear_divergence",

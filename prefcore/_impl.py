@@ -24,6 +24,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Impl]] = {
     "divergence": {"cpu": "cpu", "cuda": "triton"},
     "sequence_reduce": {"cpu": "cpu", "cuda": "cuda"},
     "aggregate": {"cpu": "cpu", "cuda": "cuda"},
+    "gae": {"cpu": "cpu", "cuda": "cuda"},
     "gather_rows": {"cpu": "cpu", "cuda": "cuda"},
 }
 

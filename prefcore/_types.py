@@ -40,6 +40,13 @@ class PairStats(NamedTuple):
     other_entropy: Tensor | None = None  #: of q, in nats
 
 
+class GAE(NamedTuple):
+    """What :func:`prefcore.gae` returns, ``[T]`` each in the rewards' dtype, without gradient; zeros where masked."""
+
+    advantages: Tensor  #: A
+    returns: Tensor  #: G = A + V, the λ-returns: targets of the value function
+
+
 class Tile(NamedTuple):
     """The part of a batch that one call of ``linear_loss``'s closure sees: whole groups, one after another.
 

@@ -1,7 +1,7 @@
 // sequence_reduce on the CPU: sequences over threads, each one summed by a team of one worker.
 #include "sequence_reduce.h"
 
-#include <algorithm>
+#include "cpu/share_sequences.h"
 
 namespace prefcore {
 namespace cpu {
@@ -9,27 +9,10 @@ namespace {
 
 using Solo = Team<1>;
 
-// Additions, about 0.1 ms of one core's time, from which on waking a second one pays.
-constexpr std::int64_t kParallel = 1 << 19;
-
-template <typename Body>
-void for_each_sequence(Ragged ragged, int threads, const Body& body) {
-  if (ragged.sequences == 0) return;
-  // Elements, and for each sequence the join of its lanes.
-  const std::int64_t work = ragged.offsets[ragged.sequences] + kLanes * ragged.sequences;
-  // Lengths vary, so threads take short runs of sequences as they become free, or single ones of a few.
-  const std::int64_t run = std::min<std::int64_t>(16, 1 + ragged.sequences / (4 * threads));
-#pragma omp parallel for schedule(dynamic, run) num_threads(threads) if (threads > 1 && work >= kParallel)
-  for (std::int64_t s = 0; s < ragged.sequences; ++s) {
-    body(s, static_cast<std::int64_t>(ragged.offsets[s]),
-         static_cast<std::int64_t>(ragged.offsets[s + 1]) - ragged.offsets[s]);
-  }
-}
-
 template <Reduce Mode, typename T>
 void forward(const T* x, const T* weights, Ragged ragged, double gamma, T* out, int threads) {
   const Solo::Discount powers = Solo::discount<Mode>(gamma, 0);
-  for_each_sequence(ragged, threads, [&](std::int64_t s, std::int64_t first, std::int64_t length) {
+  share_sequences(ragged, kLanes, threads, [&](std::int64_t s, std::int64_t first, std::int64_t length) {
     double sum[kLanes];
     Solo::accumulate<Mode>(x + first, Mode == Reduce::Weighted ? weights + first : nullptr, length, powers, 0,
                            sum);
@@ -40,7 +23,7 @@ void forward(const T* x, const T* weights, Ragged ragged, double gamma, T* out, 
 template <Reduce Mode, typename T>
 void backward(const T* grad, const T* weights, Ragged ragged, double gamma, T* out, int threads) {
   const Solo::Discount powers = Solo::discount<Mode>(gamma, 0);
-  for_each_sequence(ragged, threads, [&](std::int64_t s, std::int64_t first, std::int64_t length) {
+  share_sequences(ragged, kLanes, threads, [&](std::int64_t s, std::int64_t first, std::int64_t length) {
     Solo::spread<Mode>(static_cast<double>(grad[s]), Mode == Reduce::Weighted ? weights + first : nullptr,
                        length, powers, 0, out + first);
   });

@@ -2,6 +2,7 @@
 
 from prefcore.reference.aggregate import aggregate
 from prefcore.reference.divergence import divergence
+from prefcore.reference.gae import gae
 from prefcore.reference.gather_rows import gather_rows
 from prefcore.reference.linear_divergence import linear_divergence
 from prefcore.reference.linear_logprobs import linear_logprobs
@@ -12,6 +13,7 @@ from prefcore.reference.sequence_reduce import sequence_reduce
 __all__ = [
     "aggregate",
     "divergence",
+    "gae",
     "gather_rows",
     "linear_divergence",
     "linear_logprobs",
