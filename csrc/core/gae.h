@@ -61,20 +61,21 @@ struct Alone {
   PREFCORE_HD static double first(const double (&x)[kHeld]) { return x[0]; }
 };
 
-// Lane l becomes the composition of the lanes l .. l + 2 distance - 1 of the maps, out of two of `distance`
-// lanes. Held lanes rise, so that those above are still the old ones. Where `Factors` is false, a is the same
-// wherever the composition is of `distance` maps, given as `factor`.
-template <bool Factors, class Lanes>
-PREFCORE_HD void double_reach(int distance, double factor, double (&a)[Lanes::kHeld],
-                              double (&b)[Lanes::kHeld]) {
-  for (int j = 0; j < Lanes::reach(distance); ++j) {
-    const double b_above = Lanes::above(b, j, distance);
-    const double a_above = Factors ? Lanes::above(a, j, distance) : 1.0;
-    if (Lanes::lane(j) + distance < kRow) {
+// The lanes' maps become their compositions with all those above: in each step lane l, the composition of
+// `Distance` maps from l on, takes in that of lane l + Distance. Held lanes rise, so that those above are
+// still the old ones. Where `Factors` is false, the a that a step multiplies by is the same for all lanes and
+// is given as `factor`.
+template <bool Factors, class Lanes, int Distance = 1>
+PREFCORE_HD void scan_lanes(double factor, double (&a)[Lanes::kHeld], double (&b)[Lanes::kHeld]) {
+  for (int j = 0; j < Lanes::reach(Distance); ++j) {
+    const double b_above = Lanes::above(b, j, Distance);
+    const double a_above = Factors ? Lanes::above(a, j, Distance) : 1.0;
+    if (Lanes::lane(j) + Distance < kRow) {
       b[j] += (Factors ? a[j] : factor) * b_above;
       if (Factors) a[j] *= a_above;
     }
   }
+  if constexpr (2 * Distance < kRow) scan_lanes<Factors, Lanes, 2 * Distance>(factor * factor, a, b);
 }
 
 // What all rows share: a, b of a token from gamma and lam, and without a mask every a of the scan.
@@ -89,8 +90,7 @@ struct Decay {
   PREFCORE_HD Decay(double gamma, double lam) : gamma(gamma), lam(lam), rest(1.0 - lam), factor(gamma * lam) {
     double none[Lanes::kHeld];
     for (int j = 0; j < Lanes::kHeld; ++j) scanned[j] = factor, none[j] = 0.0;
-    for (int distance = 1; distance < kRow; distance *= 2)
-      double_reach<true, Lanes>(distance, 0.0, scanned, none);
+    scan_lanes<true, Lanes>(0.0, scanned, none);
   }
 };
 
@@ -124,12 +124,7 @@ struct Row {
       b[j] = counts ? b_here : 0.0;
       if (Masked) a[j] = counts ? decay.factor : 1.0;
     }
-    double factor = decay.factor;
-#pragma GCC unroll 8
-    for (int distance = 1; distance < kRow; distance *= 2) {
-      double_reach<Masked, Lanes>(distance, factor, a, b);
-      factor *= factor;
-    }
+    scan_lanes<Masked, Lanes>(decay.factor, a, b);
   }
 
   // From the X behind the row to the X at its first token.

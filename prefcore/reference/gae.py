@@ -24,7 +24,7 @@ def gae(
     values = torch.zeros_like(rewards) if values is None else values.detach()
     mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     first, behind = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    value = rewards.new_zeros(len(first)) if bootstrap is None else bootstrap.detach()
+    value = rewards.new_zeros(len(first)) if bootstrap is None else bootstrap.detach().clone()
     advantage = torch.zeros_like(value)
     advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
     for step in range(1, int((behind - first).max()) + 1 if len(first) else 1):

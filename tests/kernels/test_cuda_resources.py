@@ -11,6 +11,7 @@ from prefcore import _native
 # Kernels of each source for one architecture.
 KERNELS = {
     "sequence_reduce": 32,  # two directions, four modes, two dtypes, two team sizes
+    "gae": 8,  # two dtypes, with and without a mask, two team sizes
     "gather_rows": 12,  # copies of four word sizes; sums of four dtypes, in packs and one by one
 }
 
