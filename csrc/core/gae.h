@@ -27,11 +27,13 @@ constexpr int kRows = 8;
 constexpr int kTile = kRow * kRows;
 
 struct Affine {
-  double a = 1.0;
-  double b = 0.0;
+  double a;
+  double b;
 
   PREFCORE_HD double operator()(double x) const { return b + a * x; }
 };
+
+PREFCORE_HD Affine identity() { return {1.0, 0.0}; }
 
 // First `inner`, then `outer`.
 PREFCORE_HD Affine compose(Affine outer, Affine inner) { return {outer.a * inner.a, outer(inner.b)}; }
@@ -42,11 +44,9 @@ struct Tokens {
   const T* rewards;
   const T* values;
   const bool* mask;
-  std::int64_t length;
 };
 
-PREFCORE_HD std::int64_t count_rows(std::int64_t length) { return (length + kRow - 1) / kRow; }
-PREFCORE_HD std::int64_t count_tiles(std::int64_t length) { return (length + kTile - 1) / kTile; }
+PREFCORE_HD std::int32_t count_tiles(std::int32_t length) { return length / kTile + (length % kTile > 0); }
 
 // One worker that holds all lanes of a row. A warp has the same members, with a lane in each thread.
 struct Alone {
@@ -106,9 +106,9 @@ struct Row {
   // The row's lanes are the tokens from `first` on, which is negative where the sequence begins within the
   // row.
   template <bool Whole>
-  PREFCORE_HD void load(const Tokens<T>& tokens, std::int64_t first) {
+  PREFCORE_HD void load(const Tokens<T>& tokens, std::int32_t first) {
     for (int j = 0; j < kHeld; ++j) {
-      const std::int64_t t = first + Lanes::lane(j);
+      const std::int32_t t = first + Lanes::lane(j);
       const bool there = Whole || t >= 0;
       reward[j] = there ? tokens.rewards[t] : T(0);
       value[j] = there && tokens.values != nullptr ? tokens.values[t] : T(0);
@@ -134,7 +134,7 @@ struct Row {
 
   // Writes the row's results, where `behind` is the X behind it.
   template <bool Whole>
-  PREFCORE_HD void finish(const Decay<Lanes>& decay, double behind, std::int64_t first, T* advantages,
+  PREFCORE_HD void finish(const Decay<Lanes>& decay, double behind, std::int32_t first, T* advantages,
                           T* returns) {
     for (int j = 0; j < kHeld; ++j) b[j] += (Masked ? a[j] : decay.scanned[j]) * behind;
     for (int j = 0; j < kHeld; ++j) {
@@ -144,7 +144,7 @@ struct Row {
         const double above = Lanes::above(b, j, 1);
         next = last ? behind : above;
       }
-      const std::int64_t t = first + Lanes::lane(j);
+      const std::int32_t t = first + Lanes::lane(j);
       if (!Whole && t < 0) continue;
       const double g = static_cast<double>(reward[j]) + decay.gamma * next;
       const bool counts = !Masked || kept[j];

@@ -12,7 +12,7 @@ namespace {
 using Lanes = gae::Alone;
 
 template <bool Whole, bool Masked, typename T>
-gae::Affine run_row(const gae::Tokens<T>& tokens, const gae::Decay<Lanes>& decay, std::int64_t first,
+gae::Affine run_row(const gae::Tokens<T>& tokens, const gae::Decay<Lanes>& decay, std::int32_t first,
                     double behind, T* advantages, T* returns) {
   gae::Row<Masked, Lanes, T> row;
   row.template load<Whole>(tokens, first);
@@ -27,12 +27,12 @@ void run(const GaeCall<T>& call, int threads) {
   const gae::Decay<Lanes> decay(call.gamma, call.lam);
   share_sequences(call.ragged, 0, threads, [&](std::int64_t s, std::int64_t start, std::int64_t length) {
     const gae::Tokens<T> tokens{call.rewards + start, call.values == nullptr ? nullptr : call.values + start,
-                                Masked ? call.mask + start : nullptr, length};
+                                Masked ? call.mask + start : nullptr};
     T* advantages = call.advantages + start;
     T* returns = call.returns + start;
     double behind = call.bootstrap == nullptr ? 0.0 : static_cast<double>(call.bootstrap[s]);
-    for (std::int64_t first = length; first > 0;) {
-      gae::Affine tile;
+    for (auto first = static_cast<std::int32_t>(length); first > 0;) {
+      gae::Affine tile = gae::identity();
       for (int row = 0; row < gae::kRows && first > 0; ++row) {
         first -= gae::kRow;
         const auto body = first >= 0 ? run_row<true, Masked, T> : run_row<false, Masked, T>;

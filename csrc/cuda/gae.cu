@@ -31,7 +31,7 @@ struct Warp {
 // `Threads` threads, one warp or all of the block's, work through a sequence; each warp takes a tile at a
 // time, all of whose loads are under way together.
 template <bool Masked, int Threads, typename T>
-__global__ void __launch_bounds__(kBlock) gae_kernel(GaeCall<T> call) {
+__global__ void __launch_bounds__(kBlock, 1) gae_kernel(GaeCall<T> call) {
   constexpr std::int64_t teams = kBlock / Threads;
   constexpr int warps = Threads / gae::kRow;
   const int warp = threadIdx.x % Threads / gae::kRow;
@@ -40,16 +40,15 @@ __global__ void __launch_bounds__(kBlock) gae_kernel(GaeCall<T> call) {
   for (std::int64_t s = blockIdx.x * teams + threadIdx.x / Threads; s < call.ragged.sequences;
        s += gridDim.x * teams) {
     const std::int64_t start = call.ragged.offsets[s];
-    const std::int64_t length = call.ragged.offsets[s + 1] - start;
+    const std::int32_t length = call.ragged.offsets[s + 1] - call.ragged.offsets[s];
     const gae::Tokens<T> tokens{call.rewards + start, call.values == nullptr ? nullptr : call.values + start,
-                                Masked ? call.mask + start : nullptr, length};
+                                Masked ? call.mask + start : nullptr};
     double behind = call.bootstrap == nullptr ? 0.0 : static_cast<double>(call.bootstrap[s]);
-    for (std::int64_t round = 0; round < gae::count_tiles(length); round += warps) {
+    for (std::int32_t round = 0; round < gae::count_tiles(length); round += warps) {
       // Of rows before the sequence's first token the loads are zeros, and nothing is written.
-      const std::int64_t end = length - (round + warp) * gae::kTile;
+      const auto end = static_cast<std::int32_t>(length - std::int64_t{round + warp} * gae::kTile);
       gae::Row<Masked, Warp, T> rows[gae::kRows];
-      gae::Affine before[gae::kRows];  // the composition of the tile's rows behind each one
-      gae::Affine tile;
+      gae::Affine tile = gae::identity();
 #pragma unroll
       for (int r = 0; r < gae::kRows; ++r) {
         if (end > r * gae::kRow) rows[r].template load<false>(tokens, end - (r + 1) * gae::kRow);
@@ -60,7 +59,6 @@ __global__ void __launch_bounds__(kBlock) gae_kernel(GaeCall<T> call) {
       }
 #pragma unroll
       for (int r = 0; r < gae::kRows; ++r) {
-        before[r] = tile;
         if (end > r * gae::kRow) tile = gae::compose(rows[r].whole(decay), tile);
       }
       double own = behind;
@@ -77,11 +75,15 @@ __global__ void __launch_bounds__(kBlock) gae_kernel(GaeCall<T> call) {
           behind = tiles[w](behind);
         }
       }
+      // Composed once more: kept, the compositions would take a third of the registers.
+      gae::Affine before = gae::identity();
 #pragma unroll
       for (int r = 0; r < gae::kRows; ++r) {
         if (end > r * gae::kRow) {
-          rows[r].template finish<false>(decay, before[r](own), end - (r + 1) * gae::kRow,
+          const gae::Affine whole = rows[r].whole(decay);
+          rows[r].template finish<false>(decay, before(own), end - (r + 1) * gae::kRow,
                                          call.advantages + start, call.returns + start);
+          before = gae::compose(whole, before);
         }
       }
     }
