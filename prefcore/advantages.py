@@ -167,7 +167,9 @@ def random_ngram_starts(
     device = starts.device
     # As many draws as a sequence has tokens, more than it can need; where one begins is the sum of those before.
     draws = torch.randint(len(sizes), (total,), device=device, generator=generator)
-    lengths = torch.tensor(list(sizes), device=device)[draws]
+    lengths = torch.zeros_like(draws)
+    for code, size in enumerate(sizes):  # not by a tensor of sizes: copying one to a GPU waits for it
+        lengths = torch.where(draws == code, size, lengths)
     before = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     first, behind = (to_tokens(x.long(), cu_seqlens, total) for x in (cu_seqlens[:-1], cu_seqlens[1:]))
     places = first + before[:-1] - before[first]
