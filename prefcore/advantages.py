@@ -7,17 +7,19 @@ constant of the loss. Nothing waits for a GPU but :func:`select_groups`, whose r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from prefcore._types import GAE
 from prefcore.ops import _checks
 from prefcore.ops.aggregate import How
 from prefcore.ops.gae import gae
 from prefcore.ops.sequence_reduce import sequence_reduce
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # a torch without it has no ranks either
 
 __all__ = [
     "GAE",
@@ -637,15 +639,21 @@ def to_tokens(x: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
     Args:
         x: ``[S, ...]`` of any dtype.
         cu_seqlens: ``[S + 1]`` int32 offsets from 0 to T.
-        total: T, which the host must know beforehand, or it would have to wait for a GPU.
+        total: T, which the host must know beforehand, or it would have to wait for a GPU. There it is checked against
+            the offsets where ``PREFCORE_CHECK=1`` is in the environment.
 
     Returns:
         ``[T, ...]`` in ``x``'s dtype.
+
+    Raises:
+        TypeError, ValueError: arguments of other types, shapes, dtypes or values.
     """
     _checks.check_tensor("x", x)
     _check_offsets("cu_seqlens", cu_seqlens)
     if x.dim() == 0 or x.shape[0] != cu_seqlens.shape[0] - 1:
         raise ValueError(f"x must have shape [{cu_seqlens.shape[0] - 1}, ...], got {list(x.shape)}")
+    if not torch.compiler.is_compiling() and _checks.check_values(cu_seqlens.device):
+        _checks.check_offset_values("cu_seqlens", cu_seqlens, total)
     return x.repeat_interleave(cu_seqlens.diff(), dim=0, output_size=total)
 
 

@@ -1,7 +1,7 @@
 """CUDA kernels with barriers and shuffles, run by the host: each thread of a block is a fiber that waits where it must.
 
-It shows that a launch computes what the CPU does and waits in step; how fast, and what a race would do, only a GPU can
-show.
+Each warp runs as far as a barrier of the block lets it before another one does, so that a barrier too few shows. How
+fast a launch is, only a GPU can show.
 """
 
 import ctypes
@@ -49,6 +49,7 @@ struct Block {
   std::vector<ucontext_t> threads;
   std::vector<std::vector<char>> stacks;
   std::vector<bool> done;
+  std::vector<unsigned> parked;  // the generation of the block's barrier at which a thread waits, or -1
   std::vector<double> lanes;
   Barrier all, warps[32];
 };
@@ -64,7 +65,11 @@ inline void wait(Barrier& barrier, unsigned expected) {
     while (barrier.generation == generation) yield();
   }
 }
-inline void __syncthreads() { wait(block.all, blockDim.x); }
+inline void __syncthreads() {
+  block.parked[threadIdx.x] = block.all.generation;
+  wait(block.all, blockDim.x);
+  block.parked[threadIdx.x] = -1;
+}
 inline double exchange(double value, unsigned from) {
   Barrier& warp = block.warps[threadIdx.x / 32];
   block.lanes[threadIdx.x] = value;
@@ -93,7 +98,7 @@ auto emulate(void (*kernel)(Arguments...), unsigned grid, unsigned threads) {
     block.threads.resize(threads), block.lanes.resize(threads);
     block.stacks.assign(threads, std::vector<char>(1 << 16));
     for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
-      block.done.assign(threads, false);
+      block.done.assign(threads, false), block.parked.assign(threads, -1);
       for (unsigned t = 0; t < threads; ++t) {
         getcontext(&block.threads[t]);
         block.threads[t].uc_stack.ss_sp = block.stacks[t].data();
@@ -101,11 +106,17 @@ auto emulate(void (*kernel)(Arguments...), unsigned grid, unsigned threads) {
         makecontext(&block.threads[t], run_thread, 0);
       }
       for (unsigned left = threads; left > 0;) {
-        for (unsigned t = 0; t < threads; ++t) {
-          if (block.done[t]) continue;
-          threadIdx.x = t;
-          swapcontext(&block.scheduler, &block.threads[t]);
-          left -= block.done[t];
+        for (unsigned first = 0; first < threads; first += 32) {
+          for (bool moved = true; moved;) {
+            moved = false;
+            for (unsigned t = first; t < first + 32; ++t) {
+              if (block.done[t] || block.parked[t] == block.all.generation) continue;
+              moved = true;
+              threadIdx.x = t;
+              swapcontext(&block.scheduler, &block.threads[t]);
+              left -= block.done[t];
+            }
+          }
         }
       }
     }

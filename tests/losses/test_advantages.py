@@ -530,6 +530,7 @@ REFUSALS = [
     (ValueError, "lam must not be negative, got -1", lambda: advantages.lagrangian(R, R, -1)),
     (ValueError, r"cost_advantages must have shape \[4\]", lambda: advantages.lagrangian(R, R[:2], 1)),
     (ValueError, r"x must have shape \[2, ...\], got \[4\]", lambda: advantages.to_tokens(R, CU, 4)),
+    (ValueError, "cu_seqlens must end at the number of rows, 5, got 4", lambda: advantages.to_tokens(R[:2], CU, 5)),
     (ValueError, "keep must be torch.bool", lambda: advantages.select_groups(R[:2], offsets((1, 1)), CU)),
 ]
 
