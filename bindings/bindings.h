@@ -29,4 +29,5 @@ void bind_divergence(pybind11::module_& m);
 void bind_gae(pybind11::module_& m);
 void bind_gather_rows(pybind11::module_& m);
 void bind_logprobs(pybind11::module_& m);
+void bind_policy_terms(pybind11::module_& m);
 void bind_sequence_reduce(pybind11::module_& m);

@@ -14,5 +14,6 @@ PYBIND11_MODULE(_C, m) {
   bind_gather_rows(m);
   bind_logprobs(m);
   bind_divergence(m);  // takes the LogitRows of logprobs
+  bind_policy_terms(m);
   bind_sequence_reduce(m);
 }

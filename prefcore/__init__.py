@@ -3,7 +3,7 @@
 Importing this package needs torch alone; triton and transformers are imported when something asks for them.
 """
 
-from prefcore._types import GAE, LinearLoss, PairStats, Tile, TokenStats
+from prefcore._types import GAE, LinearLoss, PairStats, PolicyStats, PolicyTerms, Tile, TokenStats
 from prefcore.ops._plan import Plan, plan
 from prefcore.ops.aggregate import aggregate
 from prefcore.ops.divergence import divergence
@@ -13,6 +13,7 @@ from prefcore.ops.linear_divergence import linear_divergence
 from prefcore.ops.linear_logprobs import linear_logprobs
 from prefcore.ops.linear_loss import linear_loss
 from prefcore.ops.logprobs import logprobs
+from prefcore.ops.policy_terms import policy_terms
 from prefcore.ops.sequence_reduce import sequence_reduce
 
 __version__ = "0.1.0"
@@ -22,6 +23,8 @@ __all__ = [
     "LinearLoss",
     "PairStats",
     "Plan",
+    "PolicyStats",
+    "PolicyTerms",
     "RowInverse",
     "Tile",
     "TokenStats",
@@ -35,5 +38,6 @@ __all__ = [
     "linear_loss",
     "logprobs",
     "plan",
+    "policy_terms",
     "sequence_reduce",
 ]

@@ -26,6 +26,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Impl]] = {
     "aggregate": {"cpu": "cpu", "cuda": "cuda"},
     "gae": {"cpu": "cpu", "cuda": "cuda"},
     "gather_rows": {"cpu": "cpu", "cuda": "cuda"},
+    "policy_terms": {"cpu": "cpu", "cuda": "triton"},
 }
 
 

@@ -66,3 +66,34 @@ class LinearLoss(NamedTuple):
     loss: Tensor  #: 0-dim, sum of weights times losses over the normalizer; differentiable
     losses: Tensor  #: ``[n]``, of all examples; detached
     stats: TokenStats  #: ``[T]`` each; detached
+
+
+# What a token's loss is made of, in the order of prefcore::Form and prefcore::Kl in csrc/cpu/policy_terms.h.
+FORMS = ("none", "reinforce", "clip", "cispo", "sapo", "log_clip", "value")
+KLS = ("none", "k1", "k2", "k3", "k1_straight", "k3_straight", "k3_corrected", "exact")
+
+
+class PolicyStats(NamedTuple):
+    """Sums over tokens, 0-dim float64, detached: those of micro-batches and ranks add up."""
+
+    surrogate: Tensor  #: of the weighted policy term (of the value loss for ``value``), without KL and entropy
+    ratio: Tensor  #: of rho
+    approx_kl: Tensor  #: of rho - 1 - log rho, which estimates KL(old, policy) under samples from old
+    clipped_low: Tensor  #: number of tokens that the lower bound acted on
+    clipped_high: Tensor  #: number of tokens that the upper bound acted on
+    clipped_dual: Tensor  #: number of tokens that the bound of the dual clip acted on
+    kl: Tensor  #: of the KL term's values, without its coefficient
+    entropy: Tensor  #: of the entropies given
+    tokens: Tensor  #: their number
+
+    def means(self) -> dict[str, Tensor]:
+        """Each sum over the number of tokens, 0 where there are none."""
+        tokens = self.tokens.clamp(min=1)
+        return {name: total / tokens for name, total in self._asdict().items() if name != "tokens"}
+
+
+class PolicyTerms(NamedTuple):
+    """What policy losses return: losses without reduction, and statistics of the same pass."""
+
+    losses: Tensor  #: shaped like the log-probs; differentiable
+    stats: PolicyStats

@@ -157,7 +157,7 @@ PREFCORE_INLINE typename A::V exp(typename A::V x) {
   return x < A::kUnderflow ? typename A::V{} : fma(p.scale, p.rest, p.scale);
 }
 
-// e^x - 1, and e^x beside it, each to its own relative accuracy; for x <= 0.
+// e^x - 1, and e^x beside it, each to its own relative accuracy. Not for x > log(max).
 template <class A>
 PREFCORE_INLINE typename A::V expm1(typename A::V x, typename A::V& exp) {
   using V = typename A::V;

@@ -8,6 +8,7 @@ from prefcore.reference.linear_divergence import linear_divergence
 from prefcore.reference.linear_logprobs import linear_logprobs
 from prefcore.reference.linear_loss import linear_loss
 from prefcore.reference.logprobs import logprobs
+from prefcore.reference.policy_terms import policy_terms
 from prefcore.reference.sequence_reduce import sequence_reduce
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "linear_logprobs",
     "linear_loss",
     "logprobs",
+    "policy_terms",
     "sequence_reduce",
 ]
