@@ -166,7 +166,7 @@ def _block(
         else:
             u = _read(ref_ptr, offsets, mask, EDGE) - x
             pull = -u
-            if KL == K1 or KL == K1_STRAIGHT:
+            if KL in (K1, K1_STRAIGHT):
                 penalty = -u
             elif KL == K2:
                 penalty = 0.5 * u * u
@@ -314,12 +314,7 @@ def policy_terms(
     tensors: list[Tensor | None],
     form: str,
     kl: str,
-    low: float,
-    high: float,
-    dual: float,
-    kl_coef: float,
-    entropy_coef: float,
-    clamp: float,
+    numbers: dict[str, float],
     losses: Tensor,
     slopes: Tensor | None,
     parts: Tensor,
@@ -327,7 +322,7 @@ def policy_terms(
     """Write ``losses``, ``slopes`` and, for each block, ``parts`` ``[blocks, 8]`` float64.
 
     ``tensors`` are old_logps, advantages, log_ratio, weights, ref_logps, kl_values, kl_coefs and entropy; each is
-    contiguous or None, as everything else is contiguous.
+    contiguous or None, as everything else is contiguous. ``numbers`` are the kernel's, by name.
     """
     if logps.shape[0] == 0:
         return
@@ -340,12 +335,7 @@ def policy_terms(
             slopes_ptr=slopes,
             sums_ptr=parts,
             T=logps.shape[0],
-            low=low,
-            high=high,
-            dual=dual,
-            kl_coef=kl_coef,
-            entropy_coef=entropy_coef,
-            clamp=clamp,
+            **numbers,
             FORM=FORMS.index(form),
             KL=KLS.index(kl),
             BLOCK=_block_size(logps.dtype),

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
-from torch import Tensor
+from prefcore.ops.aggregate import How
 
-Family = Literal["pairwise"]
+Family = Literal["pairwise", "policy"]
 
 # What a method must be given beside the policy's log-probs of its responses.
 Need = Literal[
     "reference",  # log-probs under the reference policy
+    "old",  # log-probs under the behaviour policy, from the rollout
     "previous",  # log-probs under the previous iterate
     "token_logps",  # log-probs of single tokens, not of sequences
     "divergence",  # full-vocabulary divergences between policy and reference
+    "advantages",  # of tokens or responses
+    "entropy",  # entropies of the policy's distributions
     "rewards",  # rewards or ranks of the responses
     "groups",  # all responses of a prompt together
     "contexts",  # log-probs of the same tokens in further contexts
@@ -23,7 +26,7 @@ Need = Literal[
 ]
 _NEEDS = frozenset(get_args(Need))
 
-_Loss = TypeVar("_Loss", bound=Callable[..., Tensor])
+_Loss = TypeVar("_Loss", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,13 @@ class Method:
     """One method of the registry."""
 
     name: str
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]  # returns losses, of the family "policy" PolicyTerms
     family: Family
     paper: str
     needs: frozenset[Need]
     separable: bool  # the loss of each pair or group depends on that pair or group alone
-    aliases: tuple[str, ...] = ()  # the names that TRL's `loss_type` has for it
+    aliases: tuple[str, ...] = ()  # the names that TRL's `loss_type`, or another paper, has for it
+    aggregation: How | None = None  # what `aggregate` makes of losses of tokens; None where they are of sequences
 
 
 _METHODS: dict[str, Method] = {}  # by name and by alias
@@ -49,6 +53,7 @@ def register(
     needs: tuple[Need, ...] = (),
     separable: bool = True,
     aliases: tuple[str, ...] = (),
+    aggregation: How | None = None,
 ) -> Callable[[_Loss], _Loss]:
     """Enter the decorated function under its own name and its aliases."""
 
@@ -57,7 +62,7 @@ def register(
         if unknown:
             raise ValueError(f"needs must be among {sorted(_NEEDS)}, got {sorted(unknown)}")
         name = function.__name__
-        method = Method(name, function, family, paper, frozenset(needs), separable, aliases)
+        method = Method(name, function, family, paper, frozenset(needs), separable, aliases, aggregation)
         for key in (name, *aliases):
             if key in _METHODS:
                 raise ValueError(f"the name {key!r} is taken by {_METHODS[key].name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -42,8 +42,8 @@ _TENSORS = ("old_logps", "advantages", "log_ratio", "weights", "ref_logps", "kl_
 _SCHEMA = (
     "(Tensor logps, "
     + ", ".join(f"Tensor? {name}" for name in _TENSORS)
-    + ", str form, str kl, float low, float high, float dual, float kl_coef, float entropy_coef, float clamp, bool slopes)"
-    " -> (Tensor, Tensor, Tensor)"
+    + ", str form, str kl, float low, float high, float dual, float kl_coef, float entropy_coef, float clamp, "
+    "bool slopes) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -132,20 +132,20 @@ def policy_terms(
         ... )
         >>> terms.losses.mean().backward()
     """
-    settings = _Settings(form, kl, low, high, dual, 0.0, entropy_coef, clamp)
-    given = dict(
-        old_logps=old_logps,
-        advantages=advantages,
-        log_ratio=log_ratio,
-        weights=weights,
-        ref_logps=ref_logps,
-        kl_values=kl_values,
-        kl_coefs=kl_coef if isinstance(kl_coef, Tensor) else None,
-        entropy=entropy,
-    )
     if not isinstance(kl_coef, Tensor):
         _checks.check_number("kl_coef", kl_coef, " or a torch.Tensor")
-        settings = _Settings(form, kl, low, high, dual, float(kl_coef), entropy_coef, clamp)
+    coefficient = 0.0 if isinstance(kl_coef, Tensor) else float(kl_coef)
+    settings = _Settings(form, kl, low, high, dual, coefficient, entropy_coef, clamp)
+    given: dict[str, Tensor | None] = {
+        "old_logps": old_logps,
+        "advantages": advantages,
+        "log_ratio": log_ratio,
+        "weights": weights,
+        "ref_logps": ref_logps,
+        "kl_values": kl_values,
+        "kl_coefs": kl_coef if isinstance(kl_coef, Tensor) else None,
+        "entropy": entropy,
+    }
     _check(logps, given, settings)
     chosen = resolve(impl, "policy_terms", logps.device)
     if chosen == "reference":
@@ -298,7 +298,10 @@ def _launch_triton(logps: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors = [None if x is None else x.contiguous() for x in options[: len(_TENSORS)]]
     logps, total = logps.contiguous(), logps.shape[0]
     losses, slopes, parts = _allocate(logps, kernel.blocks(logps), wanted)
-    kernel.policy_terms(logps, tensors, *options[len(_TENSORS) :], losses, slopes if wanted else None, parts)
+    form, kl, *numbers = options[len(_TENSORS) :]
+    names = (field.name for field in fields(_Settings)[2:])
+    named = dict(zip(names, numbers, strict=True))
+    kernel.policy_terms(logps, tensors, form, kl, named, losses, slopes if wanted else None, parts)
     return losses, slopes, _add(parts, total)
 
 

@@ -32,10 +32,9 @@ def policy_terms(
     a = zero if advantages is None else advantages.detach()
     w = torch.ones_like(logps) if weights is None else weights.detach()
     q = zero
-    if form != "value" and (old_logps is not None or log_ratio is not None):
-        q = logps - old_logps.detach() if log_ratio is None else log_ratio.detach() + (logps - logps.detach())
-    elif form != "value":
-        q = logps - logps.detach()
+    if form != "value":
+        own = logps - logps.detach()  # 0, with the gradient of logps
+        q = logps - old_logps.detach() if old_logps is not None else own if log_ratio is None else log_ratio + own
     rho = q.clamp(-clamp, clamp).exp()
     with torch.no_grad():
         below, above = rho < low, rho > high
@@ -67,7 +66,7 @@ def policy_terms(
         surrogate = torch.maximum(plain, held)
         below, above = (held > plain) & (near > logps), (held > plain) & (near < logps)
     surrogate = surrogate if form == "log_clip" else w * surrogate
-    penalty = _kl(kl, logps, ref_logps, rho, kl_values, clamp)
+    penalty = kl_values if kl_values is not None else _kl(kl, logps, ref_logps, rho, clamp)
     losses = surrogate + kl_coef * penalty
     if entropy is not None:
         losses = losses - entropy_coef * entropy
@@ -78,13 +77,9 @@ def policy_terms(
     return PolicyTerms(losses, PolicyStats(*(x.detach().double().sum() for x in sums)))
 
 
-def _kl(
-    kl: str, logps: Tensor, ref_logps: Tensor | None, rho: Tensor, kl_values: Tensor | None, clamp: float
-) -> Tensor:
-    if kl == "none":
+def _kl(kl: str, logps: Tensor, ref_logps: Tensor | None, rho: Tensor, clamp: float) -> Tensor:
+    if ref_logps is None:
         return torch.zeros_like(logps)
-    if kl == "exact":
-        return kl_values
     u = ref_logps.detach() - logps
     k1, k2 = -u, u.square() / 2
     k3 = torch.expm1(u.clamp(-clamp, clamp)) - u.clamp(-clamp, clamp)
