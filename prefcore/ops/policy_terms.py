@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from typing import Any, Literal
@@ -179,7 +178,7 @@ def _check(logps: Tensor, given: dict[str, Tensor | None], settings: _Settings) 
     for name in ("low", "high", "dual", "entropy_coef", "clamp"):
         value = getattr(settings, name)
         _checks.check_number(name, value)
-        if math.isnan(value):
+        if value != value:  # math.isnan does not trace
             raise ValueError(f"{name} must not be NaN")
     if not 0 < settings.clamp <= _MAX_CLAMP:
         raise ValueError(f"clamp must be in (0, {_MAX_CLAMP:g}], got {settings.clamp}")

@@ -7,14 +7,15 @@ from prefcore.losses import _registry
 
 
 def test_names_and_aliases_lead_to_the_functions():
-    assert losses.names() == ("cdpo", "dpo", "ipo")
+    assert {"cdpo", "dpo", "ipo"} == {name for name in losses.names() if losses.get(name).family == "pairwise"}
+    assert {"grpo", "ppo", "rloo"} < set(losses.names())
     for name in losses.names():
         assert losses.get(name).function is getattr(losses, name)
         assert losses.get(name).name == name
     assert losses.get("sigmoid") is losses.get("dpo")
 
 
-@pytest.mark.parametrize("name", losses.names())
+@pytest.mark.parametrize("name", ["cdpo", "dpo", "ipo"])
 def test_entries_tell_what_a_trainer_must_know(name):
     method = losses.get(name)
     assert method.family == "pairwise"
@@ -24,8 +25,19 @@ def test_entries_tell_what_a_trainer_must_know(name):
     assert "ref_chosen_logps" in inspect.signature(method.function).parameters
 
 
+@pytest.mark.parametrize("name", [name for name in losses.names() if losses.get(name).family == "policy"])
+def test_policy_entries_tell_what_to_hand_over_and_how_to_aggregate(name):
+    method = losses.get(name)
+    parameters = inspect.signature(method.function).parameters
+    assert ("old" in method.needs) == ("old_logps" in parameters)
+    assert ("advantages" in method.needs) == ("advantages" in parameters)
+    assert method.separable == (name != "ppo_max")
+    if method.aggregation is None:
+        assert "[S]" in inspect.getdoc(method.function) or name == "luspo"
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"loss must be one of \('cdpo', 'dpo', 'ipo'\).* got 'dpoo'"):
+    with pytest.raises(ValueError, match=r"loss must be one of \(.*'cdpo'.*'dpo', .*\).* got 'dpoo'"):
         losses.get("dpoo")
     with pytest.raises(TypeError, match="loss must be a str, got int"):
         losses.get(5)
