@@ -14,7 +14,7 @@ from prefcore._types import FORMS, KLS
 from prefcore.kernels._launch import warp_size
 
 THREADS = 128
-VECTORS = 2  # 16-byte loads of each thread from each input; more would cost the registers of an eighth input
+VECTORS = 1  # 16-byte loads of each thread from each input: sums of a second one would cost 40 registers
 
 NONE, REINFORCE, CLIP, CISPO, SAPO, LOG_CLIP, VALUE = (tl.constexpr(code) for code in range(len(FORMS)))
 NO_KL, K1, K2, K3, K1_STRAIGHT, K3_STRAIGHT, K3_CORRECTED, EXACT = (tl.constexpr(code) for code in range(len(KLS)))
@@ -166,11 +166,9 @@ def _block(
         else:
             u = _read(ref_ptr, offsets, mask, EDGE) - x
             pull = -u
-            if KL in (K1, K1_STRAIGHT):
-                penalty = -u
-            elif KL == K2:
+            if KL == K2:
                 penalty = 0.5 * u * u
-            else:
+            elif KL == K3 or KL >= K3_STRAIGHT:
                 held_u = _between(u, -clamp, clamp)
                 grown = _expm1(held_u, tl.exp(held_u))
                 penalty = grown - held_u
@@ -180,6 +178,8 @@ def _block(
                 elif KL == K3_CORRECTED:
                     pull = slope * penalty + ratio * push
                     penalty = ratio * penalty
+            else:
+                penalty = -u
             if KL == K1:
                 pull = one
             d += coef * pull

@@ -237,15 +237,20 @@ class _PolicyTerms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         slopes, kl_coefs = ctx.saved_tensors
+        settings = ctx.settings
         grads: list[Tensor | None] = [None] * (len(_TENSORS) + 3)
         wanted = ctx.needs_input_grad
         if wanted[0]:
             grads[0] = grad * slopes
-        if wanted[1 + _TENSORS.index("kl_values")]:
-            coefficient = ctx.settings.kl_coef if kl_coefs is None else kl_coefs
-            grads[1 + _TENSORS.index("kl_values")] = grad * coefficient
-        if wanted[1 + _TENSORS.index("entropy")]:
-            grads[1 + _TENSORS.index("entropy")] = grad * -ctx.settings.entropy_coef
+        coefficients = {
+            "kl_values": settings.kl_coef if kl_coefs is None else kl_coefs,
+            "entropy": -settings.entropy_coef,
+        }
+        for name, coefficient in coefficients.items():
+            place = 1 + _TENSORS.index(name)
+            # What is there for the statistics alone gets none: zeros would cost a head as much as others do.
+            if wanted[place] and (isinstance(coefficient, Tensor) or coefficient != 0):
+                grads[place] = grad * coefficient
         return tuple(grads)
 
 

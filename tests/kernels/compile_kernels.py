@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from prefcore.kernels import _launch, divergence, logprobs
+from prefcore._types import FORMS, KLS
+from prefcore.kernels import _launch, divergence, logprobs, policy_terms
 from prefcore.ops._spec import CROSS_ROWS, Coef, LogitSpec, PairSpec, Row, Side
 
 TARGETS = {
@@ -215,6 +216,40 @@ def pair_cases() -> dict[str, Launch]:
     return table
 
 
+def launch_policy(
+    form: str,
+    kl: str,
+    dtype: torch.dtype = F32,
+    tokens: int = 4096,
+    *,
+    given: str = "old advantages",
+    number: float = 0.1,
+) -> Launch:
+    """``given`` names the inputs; those that the KL term needs come with it."""
+    names = ("old", "advantages", "log_ratio", "weights", "ref", "kl_values", "kl_coefs", "entropy")
+    wanted = given.split() + {"none": [], "exact": ["kl_values"]}.get(kl, ["ref"])
+    tensors = [torch.empty(tokens, dtype=dtype) if name in wanted else None for name in names]
+    scalars = dict.fromkeys(("low", "high", "dual", "kl_coef", "entropy_coef", "clamp"), number)
+    logps, losses, slopes = (torch.empty(tokens, dtype=dtype) for _ in range(3))
+    parts = torch.empty(policy_terms.blocks(logps), 8, dtype=F64)
+    return record(lambda: policy_terms.policy_terms(logps, tensors, form, kl, scalars, losses, slopes, parts))
+
+
+POLICY_EVERYTHING = "old advantages weights kl_coefs entropy"
+
+
+def policy_cases() -> dict[str, Launch]:
+    """Every form, every KL term, and the most demanding of both in all inputs and in float64."""
+    table = {f"policy-{form}": launch_policy(form, "none", given="old advantages weights") for form in FORMS[1:]}
+    table |= {f"policy-{kl}": launch_policy("clip", kl) for kl in KLS[1:]}
+    table["policy-kl"] = launch_policy("none", "k3", given="")
+    table["policy-everything"] = launch_policy("clip", "k3_corrected", given=POLICY_EVERYTHING)
+    table["policy-sapo-everything"] = launch_policy("sapo", "k3_corrected", given=POLICY_EVERYTHING)
+    table["policy-ratio"] = launch_policy("clip", "none", given="log_ratio advantages")
+    table["policy-f64"] = launch_policy("clip", "k3_corrected", F64, given=POLICY_EVERYTHING)
+    return table
+
+
 def pretend(target: GPUTarget) -> None:
     """Have launches on host tensors configured as on ``target``."""
     _launch.nvidia = lambda device: target.backend == "cuda"
@@ -257,7 +292,7 @@ def main() -> None:
         # All variants for one architecture; the plainest and the most demanding for the others.
         reports |= {
             f"{case} {name}": report(launched, target)
-            for case, launched in (cases() | pair_cases()).items()
+            for case, launched in (cases() | pair_cases() | policy_cases()).items()
             if name == "sm_90" or case.endswith(("-bf16", "-everything"))
         }
     pretend(TARGETS["sm_90"])
@@ -290,9 +325,15 @@ def main() -> None:
                 for columns in (30000, 31001)
             }
         )
+    keys["policy"] = sorted(
+        {
+            launch_policy("clip", "k3", tokens=tokens, number=1 / tokens).key()
+            for tokens in (*range(1, 41), 1024, 3000, 4096)
+        }
+    )
     functions = sorted(
         f"{module.__name__}.{name}"
-        for module in (logprobs, divergence)
+        for module in (logprobs, divergence, policy_terms)
         for name, value in vars(module).items()
         if isinstance(value, JITFunction)
     )

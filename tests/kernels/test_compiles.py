@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from prefcore.kernels import _rows, divergence
+from prefcore._types import FORMS, KLS
+from prefcore.kernels import _rows, divergence, policy_terms
 from prefcore.ops._spec import Coef, Row
 
 # Bytes of shared memory (LDS on gfx942) that one program may have.
@@ -52,7 +53,7 @@ def test_rows_are_read_and_written_in_16_bytes(compiled: dict[str, dict]) -> Non
 
 
 def test_rows_columns_and_places_do_not_recompile(compiled: dict[str, dict]) -> None:
-    assert {"stats", "grad", "pair_stats-kl", "pair_sums-js", "pair_grad-js"} <= set(compiled["keys"])
+    assert {"stats", "grad", "pair_stats-kl", "pair_sums-js", "pair_grad-js", "policy"} <= set(compiled["keys"])
     assert {function: len(keys) for function, keys in compiled["keys"].items() if len(keys) != 1} == {}
 
 
@@ -62,3 +63,10 @@ def test_kernels_number_the_state_as_the_ops_do() -> None:
 
 def test_kernels_number_the_coefficients_as_the_ops_do() -> None:
     assert {row.name: getattr(divergence, row.name).value for row in Coef} == {row.name: row.value for row in Coef}
+
+
+def test_kernels_number_the_forms_and_kl_terms_as_the_ops_do() -> None:
+    named = {name: code.value for name, code in vars(policy_terms).items() if name.isupper() and hasattr(code, "value")}
+    forms = {name.upper(): code for code, name in enumerate(FORMS)}
+    kls = {{"none": "NO_KL"}.get(name, name.upper()): code for code, name in enumerate(KLS)}
+    assert named == forms | kls

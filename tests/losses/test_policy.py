@@ -715,6 +715,34 @@ def test_no_gradient_reaches_what_is_no_target_of_learning(name):
             x.requires_grad_(False)
 
 
+@pytest.mark.parametrize("name", ["grpo", "gspo", "gmpo", "vespo", "nash_md_pg"])
+def test_traces_into_one_graph_for_all_sizes(name):
+    torch._dynamo.reset()
+
+    def step(logps, old, advantages, cu_seqlens):
+        if name == "grpo":
+            out = losses.grpo(logps, old, advantages, cu_seqlens=cu_seqlens, ref_logps=old, beta=0.1)
+        elif name == "nash_md_pg":
+            out = losses.nash_md_pg(logps, old, advantages, cu_seqlens, tau=0.1)
+        else:
+            out = getattr(losses, name)(logps, old, advantages, cu_seqlens)
+        return out.losses, out.stats.approx_kl
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ((3, 4), (5, 0, 6, 1), (7, 2, 2)):
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        logps, old, advantages = draw(sum(lengths), 1.0, 1), draw(sum(lengths), 1.0, 2), draw(len(lengths), 1.0, 3)
+        leaf, other = (logps.clone().requires_grad_() for _ in range(2))
+        (value, kl), (expected, expected_kl) = (
+            f(x, old, advantages, cu_seqlens) for f, x in ((compiled, leaf), (step, other))
+        )
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(kl, expected_kl)
+        value.sum().backward()
+        expected.sum().backward()
+        torch.testing.assert_close(leaf.grad, other.grad)
+
+
 def test_batches_without_tokens_or_with_empty_sequences_alone():
     none, cu = torch.zeros(0), torch.tensor([0, 0, 0], dtype=torch.int32)
     advantages = torch.ones(2)

@@ -245,6 +245,16 @@ def test_compiles_once_for_all_sizes():
         assert torch.equal(leaf.grad, other.grad)
 
 
+def test_what_is_there_for_the_statistics_alone_gets_no_gradient():
+    given = make("clip", "exact", 20)
+    given |= {"entropy_coef": 0.0, "kl_coef": 0.0}
+    leaves = [given[name].requires_grad_() for name in DIFFERENTIABLE]
+    terms = prefcore.policy_terms(**given)
+    grads = torch.autograd.grad(terms.losses.sum(), leaves, allow_unused=True)
+    assert [g is None for g in grads] == [False, True, True]
+    torch.testing.assert_close(terms.stats.entropy, given["entropy"].detach().sum())
+
+
 def test_no_second_derivative_is_left_out_in_silence():
     logps = torch.zeros(3, requires_grad=True)
     terms = prefcore.policy_terms(logps, torch.zeros(3), torch.ones(3), form="clip", low=0.8, high=1.2)
