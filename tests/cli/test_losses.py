@@ -1,0 +1,59 @@
+"""``prefcore losses``."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from prefcore import cli, losses
+
+pytestmark = pytest.mark.quick
+
+
+def printed(capsys, *options):
+    assert cli.main(["losses", *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_json_says_of_every_method_what_the_registry_does(capsys):
+    entries = json.loads(printed(capsys, "--json"))
+    assert set(entries) == set(losses.names())
+    for name, entry in entries.items():
+        method = losses.get(name)
+        assert entry == {
+            "family": method.family,
+            "aliases": list(method.aliases),
+            "needs": sorted(method.needs),
+            "aggregation": method.aggregation,
+            "separable": method.separable,
+            "paper": method.paper,
+        }
+
+
+def test_the_text_shows_every_method_with_its_needs_and_paper(capsys):
+    text = printed(capsys)
+    lines = text.splitlines()
+    for name in losses.names():
+        assert f"  {name}" in lines
+    joined = " ".join(text.split())
+    for name in losses.names():
+        assert losses.get(name).paper in joined
+    assert "also sigmoid" in joined
+    assert max(map(len, lines)) <= 120
+
+
+def test_a_family_can_be_chosen(capsys):
+    entries = json.loads(printed(capsys, "--json", "--family", "pairwise"))
+    assert set(entries) == {name for name in losses.names() if losses.get(name).family == "pairwise"}
+    with pytest.raises(SystemExit):
+        cli.main(["losses", "--family", "none"])
+
+
+def test_it_needs_neither_triton_nor_transformers():
+    code = (
+        "import sys; from prefcore import cli; cli.main(['losses']); "
+        "print({'triton', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
