@@ -8,13 +8,18 @@ import pytest
 import torch
 
 import prefcore
-from prefcore import _native, reference
+from prefcore import _impl, _native, reference
 from prefcore._types import FORMS, KLS
 from prefcore.testing import assert_no_worse_than
 
 ops = importlib.import_module("prefcore.ops.policy_terms")
-CUDA = torch.cuda.is_available()
-IMPLS = ["cpu", pytest.param("triton", marks=pytest.mark.gpu)] if CUDA else ["cpu", "triton"]
+interpreted = pytest.mark.skipif(
+    not _impl.interpreting(), reason="Triton's interpreter is off: TRITON_INTERPRET=1 turns it on"
+)
+CPU = pytest.param("cpu", "cpu", id="cpu")
+TRITON = pytest.param("triton", "cpu", id="triton-interpreted", marks=interpreted)
+CUDA = pytest.param("triton", "cuda", id="triton-cuda", marks=pytest.mark.gpu)
+EVERY = pytest.mark.parametrize(("impl", "device"), [CPU, TRITON, CUDA])
 BOUNDS = {
     "clip": {"low": 0.8, "high": 1.25, "dual": 1.5},
     "cispo": {"low": 0.7, "high": 1.4},
@@ -87,21 +92,21 @@ def check(given, impl, dtype):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("impl", IMPLS)
+@EVERY
 @pytest.mark.parametrize(("form", "kl"), COMBINATIONS)
-def test_losses_gradients_and_statistics_equal_the_oracles(form, kl, impl):
+def test_losses_gradients_and_statistics_equal_the_oracles(form, kl, impl, device):
     check(
-        make(form, kl, 2100, dtype=torch.float32, device="cuda" if CUDA and impl == "triton" else "cpu"),
+        make(form, kl, 2100, dtype=torch.float32, device=device),
         impl,
         torch.float32,
     )
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@EVERY
 @pytest.mark.parametrize("form", FORMS)
-def test_float64_stays_float64(form, impl):
+def test_float64_stays_float64(form, impl, device):
     kl = "none" if form in ("log_clip", "value") else "k3_corrected"
-    check(make(form, kl, 700, device="cuda" if CUDA and impl == "triton" else "cpu"), impl, torch.float64)
+    check(make(form, kl, 700, device=device), impl, torch.float64)
 
 
 @pytest.mark.parametrize("isa", _native.require().cpu_isa_names())
@@ -216,9 +221,9 @@ def test_gradcheck(form, kl):
     assert torch.autograd.gradcheck(losses, leaves)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_opcheck(impl):
-    given = make("clip", "k3", 40, device="cuda" if CUDA and impl == "triton" else "cpu")
+@EVERY
+def test_opcheck(impl, device):
+    given = make("clip", "k3", 40, device=device)
     tensors = [given.get(name) for name in ("logps", *ops._TENSORS)]
     torch.library.opcheck(ops._OPERATORS[impl], (*tensors, "clip", "k3", 0.8, 1.2, 3.0, 0.1, 0.1, 20.0, True))
 
