@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from prefcore._types import FORMS, KLS
-from prefcore.kernels._launch import warp_size
+from prefcore.kernels._launch import VECTOR_BYTES, RowConfig
 
-THREADS = 128
-VECTORS = 1  # 16-byte loads of each thread from each input: sums of a second one would cost 40 registers
+# Sums of a second vector of each thread would cost it 40 registers.
+LAUNCH = RowConfig(threads=128, vectors=1)
 
 NONE, REINFORCE, CLIP, CISPO, SAPO, LOG_CLIP, VALUE = (tl.constexpr(code) for code in range(len(FORMS)))
 NO_KL, K1, K2, K3, K1_STRAIGHT, K3_STRAIGHT, K3_CORRECTED, EXACT = (tl.constexpr(code) for code in range(len(KLS)))
@@ -301,7 +301,7 @@ def _policy_terms_kernel(
 
 
 def _block_size(dtype: torch.dtype) -> int:
-    return THREADS * VECTORS * 16 // dtype.itemsize
+    return LAUNCH.threads * LAUNCH.vectors * VECTOR_BYTES // dtype.itemsize
 
 
 def blocks(logps: Tensor) -> int:
@@ -339,5 +339,5 @@ def policy_terms(
             FORM=FORMS.index(form),
             KL=KLS.index(kl),
             BLOCK=_block_size(logps.dtype),
-            num_warps=THREADS // warp_size(logps.device),
+            **LAUNCH.options(logps.device),
         )
