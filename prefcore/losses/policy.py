@@ -24,6 +24,7 @@ from torch import Tensor
 
 from prefcore._impl import Impl
 from prefcore._types import PolicyTerms
+from prefcore.advantages import discounted_returns
 from prefcore.losses._checks import wide
 from prefcore.losses._registry import register
 from prefcore.ops import _checks
@@ -488,18 +489,11 @@ def nash_md_pg(
     if klr == "sequence":
         ratios = _spread("ratios", sequence_reduce(ratios, cu_seqlens, "sum"), cu_seqlens, policy)
     elif klr == "reverse_cumsum":
-        ratios = _suffix_sums(ratios, cu_seqlens)
+        ratios = discounted_returns(ratios, cu_seqlens, gamma=1)
     elif klr != "same_token":
         raise ValueError(f"klr must be 'sequence', 'reverse_cumsum' or 'same_token', got {klr!r}")
     terms: TokenTerms = {"ref_logps": ref_logps, "kl": "k1", "impl": impl}
     return _surrogate("reinforce", logps, None, advantages - tau * ratios, None, terms)
-
-
-def _suffix_sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Of each sequence, the sum from each token on."""
-    before = torch.cat([x.new_zeros(1, dtype=torch.float64), x.double().cumsum(0)])
-    ends = torch.repeat_interleave(before[cu_seqlens[1:].long()], cu_seqlens.diff(), output_size=x.shape[0])
-    return (ends - before[:-1]).to(x.dtype)
 
 
 @register(
