@@ -36,10 +36,12 @@ __all__ = [
     "macro_gae",
     "ngram_starts",
     "num_items",
+    "opo",
     "perplexity_starts",
     "random_ngram_starts",
     "reinforce_pp",
     "reinforce_pp_baseline",
+    "remax",
     "rloo",
     "segment_starts",
     "select_groups",
@@ -346,6 +348,50 @@ def rloo(rewards: Tensor, cu_groups: Tensor, *, single: Single = "reward") -> Te
     sizes = cu_groups.diff().to(rewards.dtype)
     factor = to_tokens(sizes / (sizes - 1).clamp(min=1), cu_groups, rewards.shape[0])
     return _or_single(factor * centred, rewards, cu_groups, single)
+
+
+@torch.no_grad()
+def opo(rewards: Tensor, cu_groups: Tensor, cu_seqlens: Tensor, *, single: Single = "zero") -> Tensor:
+    """Rewards less their group's mean weighted by length, ``A_i = R_i - sum_j len_j * R_j / sum_j len_j``.
+
+    That is the baseline of least variance if a response's score grows with its length. On-Policy RL with Optimal Reward
+    Baseline, 2025. Groups without signal, or without tokens, give zeros; arguments and errors as :func:`grpo` has, and
+    ``cu_seqlens [S + 1]``.
+    """
+    _check_groups(rewards, cu_groups)
+    _check_offsets("cu_seqlens", cu_seqlens)
+    lengths = cu_seqlens.diff().to(rewards.dtype)
+    if lengths.shape != rewards.shape:
+        raise ValueError(f"cu_seqlens must have shape [{rewards.shape[0] + 1}], got {list(cu_seqlens.shape)}")
+    total = sequence_reduce(lengths, cu_groups, "sum")
+    mean = sequence_reduce(lengths * rewards, cu_groups, "sum") / total.clamp(min=1)
+    signal = groups_with_signal(rewards, cu_groups) & (total > 0)
+    there, baseline = (to_tokens(x, cu_groups, rewards.shape[0]) for x in (signal, mean))
+    return _or_single(torch.where(there, rewards - baseline, 0), rewards, cu_groups, single)
+
+
+@torch.no_grad()
+def remax(rewards: Tensor, greedy_rewards: Tensor, cu_groups: Tensor) -> Tensor:
+    """Rewards less that of the greedy response to the same prompt, ``A_i = R_i - R_greedy``.
+
+    ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language Models, 2023.
+
+    Args:
+        rewards: ``[S]`` float32 or float64.
+        greedy_rewards: ``[G]``, one for each prompt.
+        cu_groups: ``[G + 1]`` int32.
+
+    Returns:
+        ``[S]``.
+
+    Raises:
+        TypeError, ValueError: arguments of other types, shapes, dtypes or values.
+    """
+    _check_groups(rewards, cu_groups)
+    _check_vector("greedy_rewards", greedy_rewards, "G")
+    if greedy_rewards.shape[0] != cu_groups.shape[0] - 1:
+        raise ValueError(f"greedy_rewards must have shape [{cu_groups.shape[0] - 1}], got {list(greedy_rewards.shape)}")
+    return rewards - to_tokens(greedy_rewards, cu_groups, rewards.shape[0])
 
 
 @torch.no_grad()

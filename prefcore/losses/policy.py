@@ -1072,6 +1072,159 @@ def dyna_grpo(
     return ppo(logps, old_logps, advantages, eps=eps, cu_seqlens=cu_seqlens, **terms)
 
 
+_COVARIANCE = "The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models"
+
+
+@register(
+    family="policy",
+    paper=_COVARIANCE,
+    needs=("old", "advantages", "groups"),
+    separable=False,
+    aggregation="token_mean",
+)
+def clip_cov(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    *,
+    share: float = 2e-4,
+    eps: float = 0.2,
+    eps_high: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    **terms: Unpack[TokenTerms],
+) -> PolicyTerms:
+    """:func:`ppo` without the tokens whose (A − mean A)·(logps − mean logps) is largest: they use up the entropy.
+
+    ``share`` of all tokens, one at the least, have weight 0. (verl draws as many at random among those between two
+    bounds.)
+
+    Source: "The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models" (2025).
+    """
+    kept = ~_most_covariant(logps, advantages, cu_seqlens, share)
+    weights = terms.get("weights")
+    return ppo(
+        logps,
+        old_logps,
+        advantages,
+        eps=eps,
+        eps_high=eps_high,
+        cu_seqlens=cu_seqlens,
+        **(terms | {"weights": kept.to(_own("logps", logps).dtype) if weights is None else weights * kept}),
+    )
+
+
+@register(
+    family="policy",
+    paper=_COVARIANCE,
+    needs=("old", "advantages", "groups"),
+    separable=False,
+    aggregation="token_mean",
+)
+def kl_cov(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    *,
+    share: float = 2e-4,
+    coef: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    **terms: Unpack[TokenTerms],
+) -> PolicyTerms:
+    """−rho·A, and coef·|logps − old_logps| for the tokens whose (A − mean A)·(logps − mean logps) is largest.
+
+    ``share`` of all tokens, one at the least. The surrogate is not clipped.
+
+    Source: "The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models" (2025).
+    """
+    _checks.check_number("coef", coef)
+    chosen = _most_covariant(logps, advantages, cu_seqlens, share)
+    found = _surrogate("clip", logps, old_logps, advantages, cu_seqlens, terms)
+    distance = _log_ratio(logps, old_logps).clamp(-terms.get("clamp", 20.0), terms.get("clamp", 20.0)).abs()
+    return PolicyTerms(found.losses + coef * distance.masked_fill(~chosen, 0), found.stats)
+
+
+def _most_covariant(logps: Tensor, advantages: Tensor, cu_seqlens: Tensor | None, share: float) -> Tensor:
+    """Bool ``[T]``: the share of tokens, one at the least, of the largest covariance; without a wait for a GPU."""
+    _checks.check_number("share", share)
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be between 0 and 1, got {share}")
+    policy = _own("logps", logps).detach()
+    given = _spread("advantages", advantages, cu_seqlens, policy)
+    chosen = torch.zeros_like(policy, dtype=torch.bool)
+    if not policy.shape[0]:
+        return chosen
+    covariance = (given - given.mean()) * (policy - policy.mean())
+    count = max(1, int(share * policy.shape[0]))
+    return chosen.index_fill(0, covariance.topk(count).indices, True)
+
+
+@register(
+    family="policy",
+    paper="verl's loss_mode dppo_tv",
+    needs=("old", "advantages", "groups"),
+    aggregation="token_mean",
+)
+def dppo_tv(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    *,
+    low: float = 0.2,
+    high: float = 0.2,
+    ratio_max: float = 10.0,
+    cu_seqlens: Tensor | None = None,
+    **terms: Unpack[TokenTerms],
+) -> PolicyTerms:
+    """−min(rho, ratio_max)·A·logps with a constant weight, without tokens whose probability has moved too far.
+
+    A token counts no more where p − p_old is above ``high`` and A positive, or below −``low`` and A negative: the
+    bound is on total variation and not on the ratio, which is large for rare tokens.
+
+    Source: verl's loss_mode dppo_tv.
+    """
+    for name, value in (("low", low), ("high", high)):
+        _checks.check_number(name, value)
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    policy = _own("logps", logps)
+    given = _spread("advantages", advantages, cu_seqlens, policy)
+    moved = policy.detach().exp() - _fixed("old_logps", old_logps, policy).exp()
+    kept = ~(((given > 0) & (moved > high)) | ((given < 0) & (moved < -low)))
+    weights = terms.get("weights")
+    return _surrogate(
+        "cispo",
+        logps,
+        old_logps,
+        advantages,
+        cu_seqlens,
+        terms | {"weights": kept.to(policy.dtype) if weights is None else weights * kept},
+        high=ratio_max,
+    )
+
+
+@register(
+    family="policy",
+    paper="Offline Regularised Reinforcement Learning for Large Language Models Alignment",
+    needs=("old", "advantages"),
+    aggregation="token_mean",
+)
+def dro_token(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    *,
+    beta: float,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
+) -> PolicyTerms:
+    """−(A·logps − beta/2·(logps − old_logps)²), verl's form for tokens; ``kl`` of the statistics is that square's half.
+
+    Source: "Offline Regularised Reinforcement Learning for Large Language Models Alignment" (2024).
+    """
+    square: TokenTerms = {"ref_logps": old_logps, "kl": "k2", "beta": beta, "impl": impl}
+    return _surrogate("reinforce", logps, None, advantages, cu_seqlens, square)
+
+
 def kl_loss(
     logps: Tensor,
     ref_logps: Tensor,

@@ -251,6 +251,34 @@ def test_grpo_is_centred_and_scaled(eps, ddof):
     torch.testing.assert_close(shifted, ours, rtol=1e-10, atol=1e-10)
 
 
+def test_opo_weights_its_baseline_by_length():
+    rewards = rewards_of(GROUPS)
+    lengths = [3, 1, 0, 7, 2, 5, 4, 0, 6, 1, 1, 2, 9, 3, 3, 0, 8, 2, 2, 5]
+    assert len(lengths) == sum(GROUPS)
+    expected = []
+    for group, own in zip(parts(rewards, GROUPS), parts(torch.tensor(lengths), GROUPS), strict=True):
+        total = sum(own)
+        baseline = sum(n * r for n, r in zip(own, group, strict=True)) / max(total, 1)
+        signal = total > 0 and max(group) > min(group)
+        expected += [r - baseline if signal else 0.0 for r in group]
+    close(advantages.opo(rewards, offsets(GROUPS), offsets(lengths)), expected)
+    alone = advantages.opo(rewards, offsets(GROUPS), offsets(lengths), single="reward")
+    assert alone[3] == rewards[3], "the group of one"
+    equal = advantages.opo(rewards, offsets(GROUPS), offsets([4] * len(lengths)))
+    torch.testing.assert_close(equal, advantages.dr_grpo(rewards, offsets(GROUPS)), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="cu_seqlens must have shape"):
+        advantages.opo(rewards, offsets(GROUPS), offsets(lengths[1:]))
+
+
+def test_remax_subtracts_the_greedy_responses_reward():
+    rewards = rewards_of(GROUPS)
+    greedy = torch.randn(len(GROUPS), dtype=torch.float64, generator=GENERATOR)
+    expected = [r - g for group, g in zip(parts(rewards, GROUPS), greedy.tolist(), strict=True) for r in group]
+    close(advantages.remax(rewards, greedy, offsets(GROUPS)), expected)
+    with pytest.raises(ValueError, match="greedy_rewards must have shape"):
+        advantages.remax(rewards, greedy[1:], offsets(GROUPS))
+
+
 def test_dr_grpo_is_centred():
     rewards = rewards_of(GROUPS)
     expected = literal_groups(rewards, lambda group: [r - statistics.fmean(group) for r in group])

@@ -116,6 +116,32 @@ def vespo(lp):
     return torch.stack(out)
 
 
+def covariant(dropped):
+    """Three of sixteen tokens, those of the largest covariance with the advantages."""
+
+    def formula(lp):
+        given, x = TOKEN_ADVANTAGES.tolist(), lp.tolist()
+        covariance = [(a - sum(given) / T) * (y - sum(x) / T) for a, y in zip(given, x, strict=True)]
+        chosen = sorted(range(T), key=lambda t: -covariance[t])[: int(0.2 * T)]
+        out = []
+        for t in range(T):
+            rho = torch.exp(lp[t] - OLD[t])
+            if dropped:
+                out.append(0 * lp[t] if t in chosen else surrogate(rho, TOKEN_ADVANTAGES[t], 0.8, 1.2))
+            else:
+                out.append(-rho * TOKEN_ADVANTAGES[t] + (0.7 * (lp[t] - OLD[t]).abs() if t in chosen else 0))
+        return torch.stack(out)
+
+    return formula
+
+
+def dppo_tv(lp, old, a, t):
+    moved = torch.exp(lp.detach()) - torch.exp(old)
+    if (a > 0 and moved > 0.02) or (a < 0 and moved < -0.01):
+        return 0 * lp
+    return -torch.exp(lp - old).clamp(max=1.1).detach() * a * lp
+
+
 def gspo_token(lp):
     out = []
     for t, s in enumerate(OWNERS):
@@ -229,6 +255,16 @@ CASES = {
     "gmpo": (lambda x: losses.gmpo(x, OLD, ADVANTAGES, CU), of_sequences(gmpo)),
     "sapo": (lambda x: losses.sapo(x, OLD, TOKEN_ADVANTAGES), of_tokens(sapo)),
     "vespo": (lambda x: losses.vespo(x, OLD, ADVANTAGES, CU), vespo),
+    "clip_cov": (lambda x: losses.clip_cov(x, OLD, TOKEN_ADVANTAGES, share=0.2), covariant(dropped=True)),
+    "kl_cov": (lambda x: losses.kl_cov(x, OLD, TOKEN_ADVANTAGES, share=0.2, coef=0.7), covariant(dropped=False)),
+    "dppo_tv": (
+        lambda x: losses.dppo_tv(x, OLD, TOKEN_ADVANTAGES, low=0.01, high=0.02, ratio_max=1.1),
+        of_tokens(dppo_tv),
+    ),
+    "dro_token": (
+        lambda x: losses.dro_token(x, OLD, TOKEN_ADVANTAGES, beta=0.4),
+        of_tokens(lambda x, old, a, t: -(a * x - 0.5 * 0.4 * (x - old) ** 2)),
+    ),
     "hc_rlhf": (
         lambda x: losses.hc_rlhf(x, ADVANTAGES, COSTS, CU, lam=0.5, mean=0.2, std=0.7, k=1.5, baselines=COSTS),
         hc,
