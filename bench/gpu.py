@@ -31,6 +31,7 @@ LIMIT = 540.0  # seconds
 FOUND = 99  # compute-sanitizer's status where it found something, instead of that of the tests
 SUITE = 3  # parts of the head's benchmark
 MODELS = {"qwen2.5-0.5b": 16, "llama-3.2-1b": 8}  # pairs of a whole step
+TOKENS = ["bench/test_gae.py", "bench/test_policy.py"]
 TESTS = {
     "kernels": ["gpu/test_kernels_gpu.py", "ops/test_rows.py", "ops/test_logprobs.py"],
     "head": ["gpu/test_head_gpu.py", "ops/test_linear_logprobs.py"],
@@ -38,6 +39,7 @@ TESTS = {
     "loss": ["gpu/test_linear_loss_gpu.py", "ops/test_linear_loss.py"],
     "ragged": [f"ops/test_{op}.py" for op in ("sequence_reduce", "aggregate", "gather_rows")]
     + ["gpu/test_ragged_gpu.py", "gpu/test_gather_rows_gpu.py"],
+    "policy": ["ops/test_gae.py", "ops/test_policy_terms.py", "gpu/test_gae_gpu.py"],
     "rest": [],  # all other files
 }
 
@@ -136,12 +138,20 @@ def step(settings: Settings, model: str) -> Report:
     return command(settings, "bench.step", "--device", settings.device, *sizes, "--output", str(output))
 
 
+def tokens(settings: Settings) -> Report:
+    """What works on the numbers of tokens: scans and policy losses of 2^20 of them."""
+    output = settings.results / f"tokens-{settings.machine}-{datetime.date.today()}.json"
+    how = ["--benchmark-disable"] if settings.dry else [f"--benchmark-json={output}"]
+    return command(settings, "pytest", "-q", "-p", "no:cacheprovider", *how, *TOKENS)
+
+
 PARTS: dict[str, Callable[[Settings], Report]] = {
     "machine": machine,
     **{f"tests-{name}": functools.partial(tests, name=name) for name in TESTS},
     # racecheck looks at shared memory, memcheck at all of it.
     **{tool: functools.partial(sanitize, tool=tool) for tool in ("memcheck", "racecheck")},
     **{f"suite-{number}": functools.partial(suite, number=number) for number in range(1, SUITE + 1)},
+    "tokens": tokens,
     **{f"step-{model}": functools.partial(step, model=model) for model in MODELS},
 }
 
