@@ -31,3 +31,4 @@ void bind_gather_rows(pybind11::module_& m);
 void bind_logprobs(pybind11::module_& m);
 void bind_policy_terms(pybind11::module_& m);
 void bind_sequence_reduce(pybind11::module_& m);
+void bind_token_rewards(pybind11::module_& m);

@@ -16,4 +16,5 @@ PYBIND11_MODULE(_C, m) {
   bind_divergence(m);  // takes the LogitRows of logprobs
   bind_policy_terms(m);
   bind_sequence_reduce(m);
+  bind_token_rewards(m);
 }

@@ -3,7 +3,17 @@
 Importing this package needs torch alone; triton and transformers are imported when something asks for them.
 """
 
-from prefcore._types import GAE, LinearLoss, PairStats, PolicyStats, PolicyTerms, Tile, TokenStats
+from prefcore._types import (
+    GAE,
+    DenseReward,
+    LinearLoss,
+    PairStats,
+    PolicyStats,
+    PolicyTerms,
+    SegmentReward,
+    Tile,
+    TokenStats,
+)
 from prefcore.ops._plan import Plan, plan
 from prefcore.ops.aggregate import aggregate
 from prefcore.ops.divergence import divergence
@@ -15,17 +25,20 @@ from prefcore.ops.linear_loss import linear_loss
 from prefcore.ops.logprobs import logprobs
 from prefcore.ops.policy_terms import policy_terms
 from prefcore.ops.sequence_reduce import sequence_reduce
+from prefcore.ops.token_rewards import token_rewards
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GAE",
+    "DenseReward",
     "LinearLoss",
     "PairStats",
     "Plan",
     "PolicyStats",
     "PolicyTerms",
     "RowInverse",
+    "SegmentReward",
     "Tile",
     "TokenStats",
     "aggregate",
@@ -40,4 +53,5 @@ __all__ = [
     "plan",
     "policy_terms",
     "sequence_reduce",
+    "token_rewards",
 ]

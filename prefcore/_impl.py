@@ -25,6 +25,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Impl]] = {
     "sequence_reduce": {"cpu": "cpu", "cuda": "cuda"},
     "aggregate": {"cpu": "cpu", "cuda": "cuda"},
     "gae": {"cpu": "cpu", "cuda": "cuda"},
+    "token_rewards": {"cpu": "cpu", "cuda": "cuda"},
     "gather_rows": {"cpu": "cpu", "cuda": "cuda"},
     "policy_terms": {"cpu": "cpu", "cuda": "triton"},
 }

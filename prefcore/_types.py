@@ -47,6 +47,24 @@ class GAE(NamedTuple):
     returns: Tensor  #: G = A + V, the λ-returns: targets of the value function
 
 
+class DenseReward(NamedTuple):
+    """A reward of every token: ``weight * (values - baseline)``, clipped."""
+
+    values: Tensor  #: ``[T]``
+    weight: float = 1.0
+    baseline: Tensor | None = None  #: ``[T]``, subtracted
+    clamp: float | None = None  #: bound of its magnitude, after the weight
+
+
+class SegmentReward(NamedTuple):
+    """Scores of stretches of tokens, each of which goes to its stretch's last token, times ``weight``."""
+
+    ends: Tensor  #: ``[J]`` int32, last tokens, counted from 0 at each sequence's first; they do not fall within one
+    scores: Tensor  #: ``[J]``
+    cu_segments: Tensor  #: ``[S + 1]`` int32, offsets of each sequence's segments into ``ends``
+    weight: float = 1.0
+
+
 class Tile(NamedTuple):
     """The part of a batch that one call of ``linear_loss``'s closure sees: whole groups, one after another.
 

@@ -10,6 +10,7 @@ from prefcore.reference.linear_loss import linear_loss
 from prefcore.reference.logprobs import logprobs
 from prefcore.reference.policy_terms import policy_terms
 from prefcore.reference.sequence_reduce import sequence_reduce
+from prefcore.reference.token_rewards import token_rewards
 
 __all__ = [
     "aggregate",
@@ -22,4 +23,5 @@ __all__ = [
     "logprobs",
     "policy_terms",
     "sequence_reduce",
+    "token_rewards",
 ]
