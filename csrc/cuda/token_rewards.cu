@@ -47,7 +47,7 @@ __device__ __forceinline__ double sparse(const TokenRewards<T>& call, std::int64
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kBlock) token_rewards_kernel(const TokenRewards<T> call) {
+__global__ void __launch_bounds__(kBlock, 1) token_rewards_kernel(const TokenRewards<T> call) {
   const std::int64_t begin = blockIdx.x * kTile;
   const Run run{begin + threadIdx.x, call.total};
   double sums[Run::kHeld] = {};

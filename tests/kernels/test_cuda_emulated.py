@@ -31,6 +31,8 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = current, cudaSu
 inline cudaError_t cudaSetDevice(int device) { return current = device, cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 #define __global__
+#define __device__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 
 template <typename... Arguments>
@@ -61,23 +63,26 @@ extern "C" void gather_backward(int64_t type, const void* grad, int64_t stride, 
 """
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def build(folder: pathlib.Path, op: str, entries: str, launches: int) -> ctypes.CDLL:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or not SOURCES.is_dir():
         pytest.skip("needs a C++ compiler and the sources in csrc")
-    folder = tmp_path_factory.mktemp("emulated")
     (folder / "cuda_runtime_api.h").write_text(RUNTIME)
-    source, launches = re.subn(
-        r"(\w+_kernel<[^<>]+>)\s*<<<([^,]+), ([^,]+), 0, stream>>>",
+    source, found = re.subn(
+        r"(\w+_kernel<[^<>]+>)\s*<<<([^,]+), ([^,]+), 0, [^;]*?stream\)?>>>",
         r"emulate(\1, \2, \3)",
-        (SOURCES / "cuda" / "gather_rows.cu").read_text(),
+        (SOURCES / "cuda" / f"{op}.cu").read_text(),
     )
-    assert launches == 2
-    (folder / "gather_rows.cpp").write_text(source + ENTRIES)
+    assert found == launches
+    (folder / f"{op}.cpp").write_text(source + entries)
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", f"-I{folder}", f"-I{SOURCES}"]
-    subprocess.run([compiler, *flags, folder / "gather_rows.cpp", "-o", folder / "gather_rows.so"], check=True)
-    return ctypes.CDLL(str(folder / "gather_rows.so"))
+    subprocess.run([compiler, *flags, folder / f"{op}.cpp", "-o", folder / f"{op}.so"], check=True)
+    return ctypes.CDLL(str(folder / f"{op}.so"))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("gather_rows"), "gather_rows", ENTRIES, launches=2)
 
 
 def call(function, *arguments):
@@ -129,3 +134,114 @@ def test_launches_go_to_the_tensors_device_and_the_current_one_comes_back(kernel
             launch()
             assert kernels.launched_on() == device
             assert kernels.current_device() == 0
+
+
+REWARDS = r"""
+extern "C" void token_rewards(int64_t bytes, const void* call) {
+  if (bytes == 4) {
+    prefcore::cuda::run_token_rewards(*static_cast<const prefcore::TokenRewards<float>*>(call), 0, nullptr);
+  } else {
+    prefcore::cuda::run_token_rewards(*static_cast<const prefcore::TokenRewards<double>*>(call), 0, nullptr);
+  }
+}
+"""
+
+
+def structure(name: str, **fields: type) -> type[ctypes.Structure]:
+    """prefcore's struct of these fields; pointers are numbers."""
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+LONG, DOUBLE = ctypes.c_int64, ctypes.c_double
+Stream = structure("Stream", values=LONG, baseline=LONG, weight=DOUBLE, most=DOUBLE)
+Segments = structure("Segments", ends=LONG, scores=LONG, offsets=LONG, weight=DOUBLE)
+Penalty = structure(
+    "Penalty",
+    kind=ctypes.c_int,
+    logps=LONG,
+    reference=LONG,
+    most=DOUBLE,
+    coefficients=LONG,
+    turns=LONG,
+    turn_count=LONG,
+    coefficient=DOUBLE,
+)
+TokenRewards = structure(
+    "TokenRewards",
+    offsets=LONG,
+    sequences=LONG,
+    total=LONG,
+    mask=LONG,
+    terminal=LONG,
+    terminal_most=DOUBLE,
+    streams=Stream * 32,
+    stream_count=ctypes.c_int,
+    segments=Segments * 32,
+    segment_count=ctypes.c_int,
+    moves=ctypes.c_bool,
+    penalty=Penalty,
+    low=DOUBLE,
+    high=DOUBLE,
+    out=LONG,
+)
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("token_rewards"), "token_rewards", REWARDS, launches=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("kl", "past_end", "masked"),
+    [("k1", "drop", True), ("k2", "move", False), ("k3", "move", True), (None, "drop", False)],
+)
+@pytest.mark.parametrize(
+    "lengths",
+    [(0, 1, 31, 0, 33, 500, 0, 2), (1, 1023, 1025, 0, 3000), (4, 0) * 300, (1024, 1024), (0, 0), ()],
+    ids=["a block", "several blocks", "short", "whole blocks", "all empty", "none"],
+)
+def test_threads_of_token_rewards_write_what_the_cpu_does(rewards, monkeypatch, lengths, masked, kl, past_end, dtype):
+    total, sequences = sum(lengths), len(lengths)
+    generator = torch.Generator().manual_seed(total)
+    spans = torch.tensor(lengths, dtype=torch.int64)
+    each = torch.arange(4).repeat(sequences)  # four ends a sequence, the third and the fourth equal, some behind it
+    ends = (each.clamp(max=2) * spans.repeat_interleave(4) / 2).to(torch.int32)
+    cu_segments = torch.arange(0, 4 * sequences + 1, 4, dtype=torch.int32)
+    logps, ref_logps, values, baseline = torch.randn(4, total, dtype=dtype, generator=generator)
+    arguments = {
+        "terminal": torch.randn(sequences, dtype=dtype, generator=generator),
+        "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), spans.cumsum(0)]).to(torch.int32),
+        "streams": [(values, 0.5, None, 0.1), (values, 1.0, baseline)],
+        "segments": [(ends, torch.randn(4 * sequences, dtype=dtype, generator=generator), cu_segments, 0.3)] * 2,
+        "past_end": past_end,
+        "clamp": (-2.0, 3.0),
+    }
+    if masked:
+        arguments["mask"] = torch.rand(total, generator=generator) < 0.5
+        arguments["mask"][total // 3 : total // 2] = False
+    if kl is not None:
+        arguments |= {
+            "logps": logps,
+            "ref_logps": ref_logps,
+            "kl": kl,
+            "kl_coef": torch.tensor([0.1, 0.2], dtype=dtype),
+        }
+        arguments["turns"] = torch.randint(0, 2, (total,), generator=generator, dtype=torch.int32)
+    expected = prefcore.token_rewards(**arguments)
+
+    class Emulated:
+        @staticmethod
+        def token_rewards_cpu(
+            itemsize, offsets, count, total, mask, terminal, most, streams, segments, moves, kl, *rest
+        ):
+            low, high, out, _ = rest
+            made = TokenRewards(offsets, count, total, mask, terminal, most, moves=moves, penalty=Penalty(*kl))
+            made.streams[: len(streams)] = [Stream(*item) for item in streams]
+            made.segments[: len(segments)] = [Segments(*item) for item in segments]
+            made.stream_count, made.segment_count = len(streams), len(segments)
+            made.low, made.high, made.out = low, high, out
+            rewards.token_rewards(ctypes.c_int64(itemsize), ctypes.byref(made))
+
+    monkeypatch.setattr(_native, "require", lambda: Emulated)
+    assert torch.equal(prefcore.token_rewards(**arguments), expected)
