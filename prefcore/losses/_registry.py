@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from prefcore.ops.aggregate import How
 
-Family = Literal["pairwise", "policy"]
+Family = Literal["pairwise", "policy", "reward"]
 
 # What a method must be given beside the policy's log-probs of its responses.
 Need = Literal[
@@ -20,6 +20,7 @@ Need = Literal[
     "advantages",  # of tokens or responses
     "entropy",  # entropies of the policy's distributions
     "rewards",  # rewards or ranks of the responses
+    "preferences",  # a judge's, between pairs of responses
     "groups",  # all responses of a prompt together
     "contexts",  # log-probs of the same tokens in further contexts
     "lengths",  # numbers of response tokens
@@ -34,7 +35,7 @@ class Method:
     """One method of the registry."""
 
     name: str
-    function: Callable[..., Any]  # returns losses, of the family "policy" PolicyTerms
+    function: Callable[..., Any]  # returns losses; of "policy" PolicyTerms, of "reward" rewards
     family: Family
     paper: str
     needs: frozenset[Need]
@@ -87,6 +88,11 @@ def get(name: str) -> Method:
         raise ValueError(f"loss must be one of {names()} or an alias, got {name!r}") from None
 
 
-def names() -> tuple[str, ...]:
-    """The names of all methods, aliases apart, in alphabetical order."""
-    return tuple(sorted({method.name for method in _METHODS.values()}))
+def names(family: Family | None = None) -> tuple[str, ...]:
+    """The names of all methods of a family, aliases apart, in alphabetical order; of all losses if none is given.
+
+    Those of the family "reward" are entered by the import of ``prefcore.rewards``.
+    """
+    methods = _METHODS.values()
+    found = {m.name for m in methods if (m.family != "reward" if family is None else m.family == family)}
+    return tuple(sorted(found))

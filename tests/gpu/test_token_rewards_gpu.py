@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import prefcore
-from prefcore import _native
+from prefcore import _native, rewards
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,6 +91,49 @@ def test_nothing_synchronises(no_waits):
     given = on_cuda(inputs((30, 0, 303), torch.float32))
     with no_waits():
         prefcore.token_rewards(**given)
+
+
+def everything(terminal, old, ref, cu_seqlens, scores, preferences, cu_groups, tokens, betas, turns, normalize):
+    """All of prefcore.rewards but mixtures of two or three tensors."""
+    for estimate in (rewards.kl_k1, rewards.kl_k2, rewards.kl_k3):
+        yield estimate(old, ref)
+    ends = torch.zeros_like(cu_seqlens[1:])
+    yield rewards.self_debug_reward(terminal, terminal, ends, ends + 2, old, ref, cu_seqlens, beta=0.1)
+    yield rewards.rto_reward(terminal, -old, old, ref, cu_seqlens, b1=0.2, b2=0.1)
+    yield from rewards.safe_rlhf_v_rewards(terminal, -terminal, old, ref, cu_seqlens, beta=0.1)
+    yield rewards.seq2seq_rm(tokens, tokens.flip(0), old, ref, cu_seqlens, beta=0.1)
+    yield rewards.turn_coefficients(betas, turns)
+    yield rewards.dapo_overlong(cu_seqlens.diff(), max_length=40, cache=20)
+    yield rewards.selfplay_winrate(preferences, cu_groups, terminal.shape[0])
+    yield rewards.reward_ensemble(scores, "uwo")
+    yield rewards.reward_robust(scores, scores.abs(), lam=0.5)
+    for temperature in (None, 0.5):
+        yield from rewards.maxmin_rlhf(scores, temperature=temperature)
+    yield rewards.flr_reward(scores, -scores)
+    yield rewards.pairwise_rl(scores, scores.flip(0), logit=True)
+    yield normalize(terminal)
+
+
+def test_rewards_are_the_cpus_and_nothing_synchronises(no_waits):
+    lengths, groups = (30, 0, 303, 7, 1), (2, 0, 3)
+    total = sum(lengths)
+    arguments = (
+        *(torch.randn(n, dtype=torch.float64, generator=GENERATOR) for n in (5, total, total)),
+        offsets(lengths),
+        torch.randn(5, 2, dtype=torch.float64, generator=GENERATOR),
+        torch.rand(13, dtype=torch.float64, generator=GENERATOR),
+        offsets(groups),
+        torch.randint(0, 3, (total,), generator=GENERATOR),
+        torch.randn(3, dtype=torch.float64, generator=GENERATOR),
+        torch.randint(-1, 3, (total,), generator=GENERATOR),
+    )
+    expected = list(everything(*arguments, rewards.RewardNormalizer()))
+    moved, normalize = [x.cuda() for x in arguments], rewards.RewardNormalizer()
+    normalize(moved[0], update=False)  # its first call takes the moments to the GPU
+    with no_waits():
+        out = list(everything(*moved, normalize))
+    for ours, cpus in zip(out, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), cpus, rtol=1e-11, atol=1e-11)
 
 
 def test_a_graph_replays_with_other_inputs(capture):
