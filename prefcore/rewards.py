@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from prefcore.ops.token_rewards import Estimator, PastEnd, token_rewards
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # a torch without it has no ranks either
+    from typing_extensions import Unpack  # typing's from Python 3.11 on
 
 __all__ = [
     "DenseReward",

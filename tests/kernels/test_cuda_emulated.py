@@ -198,7 +198,7 @@ def rewards(tmp_path_factory):
 )
 @pytest.mark.parametrize(
     "lengths",
-    [(0, 1, 31, 0, 33, 500, 0, 2), (1, 1023, 1025, 0, 3000), (4, 0) * 300, (1024, 1024), (0, 0), ()],
+    [(0, 1, 31, 0, 33, 500, 0, 2), (1, 1022, 1, 1025, 0, 3000), (4, 0) * 300, (1024, 1024), (0, 0), ()],
     ids=["a block", "several blocks", "short", "whole blocks", "all empty", "none"],
 )
 def test_threads_of_token_rewards_write_what_the_cpu_does(rewards, monkeypatch, lengths, masked, kl, past_end, dtype):

@@ -1,3 +1,4 @@
+import bisect
 import importlib
 import itertools
 import math
@@ -121,11 +122,9 @@ def literal(lengths, made):
         for item in made.get("segments", ()):
             begin, end = item.cu_segments.tolist()[s : s + 2]
             for place, score in zip(item.ends.tolist()[begin:end], item.scores.tolist()[begin:end], strict=True):
-                t = first + place
-                if made["past_end"] == "move":
-                    earlier = [c for c in counted if c <= t]
-                    t = earlier[-1] if earlier else None
-                if t in counted:
+                before = bisect.bisect_right(counted, first + place)
+                t = counted[before - 1] if before else None
+                if t is not None and (made["past_end"] == "move" or t == first + place):
                     terms[t].append(item.weight * score)
         if made["terminal"] is not None and counted:
             most = made.get("terminal_clamp") or math.inf
