@@ -1,7 +1,8 @@
 # Every target sets up what it needs, in a virtual environment of its own.
 #   PYTHON       the interpreter that makes the environment (3.11 or later, for the pinned versions)
 #   TORCH_INDEX  the address of a package index to take torch from, such as PyTorch's own index of CPU builds
-#   ARGS         arguments for `prefcore train` (demo), for pytest (test, bench) or for bench.gpu (gpu)
+#   ARGS         arguments for `prefcore train` (demo), for every example (examples), for pytest (test, bench) or for
+#                bench.gpu (gpu)
 #   PART         of gpu: which of its parts, by number, range or name (2, 2-6, memcheck); all by default
 #   DRY          of gpu: set, it runs on the CPU with small shapes
 PYTHON ?= python3
@@ -17,11 +18,12 @@ endif
 NATIVE := CMakeLists.txt $(shell find csrc bindings -type f 2>/dev/null)
 CXX_FILES = $(shell find csrc bindings -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo examples test lint bench gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo   train on the data that comes along: a model learns a preference, in minutes, without a download'
+	@echo 'make examples  reinforcement learning of tiny models, on the CPU: every script in examples/, each with a plot'
 	@echo 'make test   the test suite, on the CPU'
 	@echo 'make lint   ruff, mypy and clang-format'
 	@echo 'make bench  the benchmarks'
@@ -30,6 +32,9 @@ help:
 
 demo: $(VENV)/.installed-hf
 	$(BIN)/prefcore train $(ARGS)
+
+examples: $(VENV)/.installed-hf
+	@set -e; for file in examples/[!_]*.py; do echo $$file; $(BIN)/python $$file $(ARGS); done
 
 test: $(VENV)/.installed-test
 	$(BIN)/pytest -m 'not gpu' $(ARGS)

@@ -11,7 +11,7 @@ from prefcore._impl import IMPLEMENTATIONS
 ROOT = Path(__file__).parents[2]
 
 TOP = {
-    *("pyproject.toml", "csrc", "prefcore", "kernels", "bindings", "tests", "bench", "README.md"),
+    *("pyproject.toml", "csrc", "prefcore", "kernels", "bindings", "tests", "bench", "examples", "README.md"),
     *("CMakeLists.txt", "Makefile", "constraints.txt", "constraints-oldest.txt"),
     *("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
     *(".ci", ".clang-format", ".gitignore", ".pre-commit-config.yaml"),
@@ -32,7 +32,7 @@ def test_the_top_level_holds_what_it_must_and_no_more(tracked):
 
 
 def test_folders_beside_the_package_are_no_packages():
-    shadows = [f for top in ("kernels", "tests", "bench") for f in (ROOT / top).rglob("__init__.py")]
+    shadows = [f for top in ("kernels", "tests", "bench", "examples") for f in (ROOT / top).rglob("__init__.py")]
     assert not shadows, "these would shadow other packages, Hugging Face's `kernels` among them"
 
 
