@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import transformers
 
-from prefcore.data import pack
-from prefcore.hf import token_logps
+import prefcore
+from prefcore.data import PackedBatch, pack
+from prefcore.hf import find_head, token_logps
+from prefcore.hf.scoring import head_logps, run_backbone
 
 Ids = list[int]
 COMMA, ASK, END, PAD = 10, 11, 12, 13  # 0 to 9 are digits
@@ -58,6 +60,15 @@ class Sorting:
             start = end + 1
         return rewards
 
+    def score(self, prompt: Ids, response: Ids) -> float:
+        """The share of right lines."""
+        return sum(self.line_rewards(prompt, response))
+
+    def scores(self, prompts: list[Ids], responses: list[list[Ids]]) -> torch.Tensor:
+        """``[S]`` scores of all responses to all prompts."""
+        pairs = zip(prompts, responses, strict=True)
+        return torch.tensor([self.score(prompt, response) for prompt, group in pairs for response in group])
+
     def _lines(self, prompt: Ids) -> list[Ids]:
         step = self.width + 1
         return [prompt[i * step : i * step + self.width] for i in range(self.lines)]
@@ -91,13 +102,23 @@ def new_model() -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
-def new_value_head(model: Any) -> torch.nn.Module:
-    """From hidden states ``[T, D]`` to values ``[T, 1]``, at first 0."""
-    size = model.config.hidden_size
-    last = torch.nn.Linear(size, 1)
-    torch.nn.init.zeros_(last.weight)
-    torch.nn.init.zeros_(last.bias)
-    return torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.Tanh(), last)
+class ActorCritic(torch.nn.Module):
+    """A model with a small value head on its hidden states, at first 0."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        size = model.config.hidden_size
+        self.model = model
+        self.value = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.Tanh(), torch.nn.Linear(size, 1))
+        torch.nn.init.zeros_(self.value[-1].weight)
+        torch.nn.init.zeros_(self.value[-1].bias)
+
+    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[T]`` log-probs of the tokens, and ``[T]`` values of the states before them, of one pass of the model."""
+        head = find_head(self.model)
+        states = run_backbone(head, batch).states
+        values = self.value(prefcore.gather_rows(states, batch.rows.int())).squeeze(-1)
+        return head_logps(head, states, batch), values
 
 
 def warm_up(model: Any, task: Sorting, steps: int) -> None:
