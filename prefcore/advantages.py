@@ -536,6 +536,8 @@ def whiten(
     if ddof not in (0, 1):
         raise ValueError(f"ddof must be 0 or 1, got {ddof}")
     _checks.check_number("eps", eps)
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps must not be negative, got {eps}")
     wide = x.double() if mask is None else torch.where(mask, x.double(), 0)
     count = torch.full_like(wide.sum(), x.shape[0]) if mask is None else mask.sum().double()
     mean = wide.sum() / count.clamp(min=1)
@@ -549,7 +551,8 @@ def whiten(
         whole = (counts * means).sum() / count.clamp(min=1)
         spread = spreads.sum() + (counts * (means - whole).square()).sum()
         centred, mean = centred + (mean - whole), whole
-    scaled = centred / (spread / (count - ddof).clamp(min=1) + eps).sqrt()
+    # Where there is no spread, centred is zero, and with eps=0 so is the scale.
+    scaled = torch.where(centred == 0, 0, centred / (spread / (count - ddof).clamp(min=1) + eps).sqrt())
     if not shift_mean:
         scaled = scaled + mean
     return (scaled if mask is None else torch.where(mask, scaled, 0)).to(x.dtype)

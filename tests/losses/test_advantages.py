@@ -389,6 +389,7 @@ def test_whitening_gives_mean_zero_and_variance_one(masked, shift_mean, ddof, dt
 def test_whitening_one_element_or_none_gives_zeros():
     assert not advantages.whiten(torch.tensor([3.0])).any()
     assert not advantages.whiten(torch.ones(4)).any()
+    assert not advantages.whiten(torch.ones(4), eps=0).any()
     assert not advantages.whiten(torch.ones(4), mask=torch.zeros(4, dtype=torch.bool)).any()
     assert advantages.whiten(torch.zeros(0)).shape == (0,)
 
@@ -553,6 +554,7 @@ REFUSALS = [
     (ValueError, "single must be one of", lambda: advantages.rloo(R, CU, single="error")),
     (ValueError, r"strengths must have shape \[10\], got \[4\]", lambda: advantages.think_rm(R, CU, 4)),
     (ValueError, "x must be float32 or float64", lambda: advantages.whiten(R.long())),
+    (ValueError, "eps must not be negative, got -1", lambda: advantages.whiten(R, eps=-1)),
     (ValueError, "mask must be torch.bool", lambda: advantages.whiten(R, mask=R)),
     (ValueError, "divides by nothing", lambda: advantages.num_items(CU, "token_sum")),
     (ValueError, "lam must not be negative, got -1", lambda: advantages.lagrangian(R, R, -1)),
