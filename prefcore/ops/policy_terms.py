@@ -80,7 +80,7 @@ def policy_terms(
     clip       max(-rho * A, -clip(rho, low, high) * A), for A < 0 at most -dual * A
     cispo      -clip(rho, low, high) * A * logps, where rho is a constant
     sapo       -sigmoid(tau * (rho - 1)) * 4 / tau * A, where tau is ``high`` for A > 0 and ``low`` elsewhere
-    log_clip   min(q, high) for A > 0 and max(q, low) elsewhere: a clipped log-ratio, not a loss; without weights
+    log_clip   min(q, high) for A > 0 and max(q, low) elsewhere, of q as it is: no loss yet; without weights
     value      max((V - A)^2, (V_old + clip(V - V_old, -high, high) - A)^2) / 2, where logps are values V
     ========== ================================================================================================
 
@@ -212,6 +212,8 @@ def _check(logps: Tensor, given: dict[str, Tensor | None], settings: _Settings) 
     _need("kl_values", given["kl_values"], settings.kl == "exact", f"kl {settings.kl!r}")
     for name in _UNUSED.get(settings.form, ()):
         _need(name, given[name], False, f"form {settings.form!r}")
+    if settings.entropy_coef != 0 and given["entropy"] is None:
+        raise ValueError("entropy_coef needs entropy")
     if settings.form in ("log_clip", "value") and settings.kl != "none":
         raise ValueError(f"form {settings.form!r} does not use kl, got {settings.kl!r}")
     if given["log_ratio"] is not None and given["old_logps"] is not None:

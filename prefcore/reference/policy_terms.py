@@ -34,7 +34,9 @@ def policy_terms(
     q = zero
     if form != "value":
         own = logps - logps.detach()  # 0, with the gradient of logps
-        q = logps - old_logps.detach() if old_logps is not None else own if log_ratio is None else log_ratio + own
+        q = logps - old_logps.detach() if old_logps is not None else own
+        if log_ratio is not None:
+            q = log_ratio.detach() + own
     rho = q.clamp(-clamp, clamp).exp()
     with torch.no_grad():
         below, above = rho < low, rho > high
@@ -61,7 +63,12 @@ def policy_terms(
         surrogate = torch.where(a > 0, q.clamp(max=high), q.clamp(min=low))
         below, above = (q < low) & ~(a > 0), (q > high) & (a > 0)
     else:
-        near = logps if old_logps is None else old_logps.detach() + (logps - old_logps.detach()).clamp(-high, high)
+        near = logps
+        if old_logps is not None:
+            moved = logps - old_logps.detach()
+            held = moved.clamp(-high, high)
+            # Not V_old + (V - V_old) within the bounds: its rounding would count as a clip.
+            near = torch.where(moved == held, logps, old_logps.detach() + held)
         plain, held = (logps - a).square() / 2, (near - a).square() / 2
         surrogate = torch.maximum(plain, held)
         below, above = (held > plain) & (near > logps), (held > plain) & (near < logps)

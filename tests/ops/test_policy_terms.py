@@ -269,7 +269,27 @@ def test_no_second_derivative_is_left_out_in_silence():
 
 
 ZEROS = torch.zeros(4)
+
+
+def test_a_log_ratio_given_gets_no_gradient():
+    for impl in ("reference", "cpu"):
+        logps, log_ratio = (torch.zeros(4, requires_grad=True) for _ in range(2))
+        out = prefcore.policy_terms(logps, None, torch.ones(4), form="clip", log_ratio=log_ratio, impl=impl)
+        out.losses.sum().backward()
+        assert log_ratio.grad is None
+        assert logps.grad is not None
+
+
+def test_values_within_their_bounds_are_not_counted_as_clipped():
+    values, old, returns = torch.randn(3, 10_000, generator=torch.Generator().manual_seed(0))
+    for impl in ("reference", "cpu"):
+        stats = prefcore.policy_terms(values, old, returns, form="value", high=20.0, impl=impl).stats
+        assert stats.clipped_low == 0
+        assert stats.clipped_high == 0
+
+
 REFUSALS = [
+    (ValueError, "entropy_coef needs entropy", {"entropy_coef": 0.1}),
     (TypeError, "form must be a str", {"form": 3}),
     (ValueError, "form must be one of", {"form": "clipped"}),
     (ValueError, "kl must be one of", {"kl": "k4"}),
