@@ -10,7 +10,11 @@ the aggregation that belongs to a method.
 ``logps`` themselves, in the first step after a rollout. Log-ratios are clamped to ±20 before ``exp``. The further
 keywords of the functions of tokens are those of :class:`TokenTerms`.
 
-All raise TypeError for an argument of a wrong Python type, and ValueError for shapes, devices or values that do not
+No function takes a mask. Leave tokens that are not the policy's own, of tools or the environment, out of the packing:
+``weights`` of 0 take away their surrogate, or loss of the value, but neither the KL term nor the entropy bonus, and they
+count as tokens.
+
+All raise TypeError for an argument of a wrong Python type or name, and ValueError for shapes, devices or values that do not
 fit.
 """
 
@@ -48,6 +52,9 @@ class TokenTerms(TypedDict, total=False):
     impl: Impl
 
 
+_TERMS = frozenset(TokenTerms.__annotations__)
+
+
 def _surrogate(
     form: Form,
     logps: Tensor,
@@ -61,6 +68,9 @@ def _surrogate(
     dual: float | None = None,
     log_ratio: Tensor | None = None,
 ) -> PolicyTerms:
+    unknown = [name for name in terms if name not in _TERMS]
+    if unknown:
+        raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}")
     policy = _own("logps", logps)
     if advantages is not None:
         advantages = _spread("advantages", advantages, cu_seqlens, policy)
@@ -71,6 +81,8 @@ def _surrogate(
         kl = terms.get("kl", "k3" if kl_values is None else "exact")
     elif isinstance(beta, Tensor) or beta != 0:
         raise ValueError("beta needs ref_logps or kl_values")
+    elif terms.get("kl", "none") != "none":
+        raise ValueError("kl needs ref_logps or kl_values")
     return policy_terms(
         policy,
         _given("old_logps", old_logps, policy),
@@ -149,11 +161,11 @@ def _per_sequence(
     clamp: float,
     impl: Impl,
 ) -> PolicyTerms:
-    """The clipped surrogate of ratios ``[S]``, zero for an empty sequence."""
+    """The clipped surrogate of ratios ``[S]``, zero for an empty sequence, which the statistics do not count."""
     factors = (cu_seqlens.diff() > 0).to(log_ratios.dtype)
     given = _given("weights", weights, log_ratios)
     advantages = _fixed("advantages", advantages, log_ratios)
-    return policy_terms(
+    out = policy_terms(
         log_ratios,
         torch.zeros_like(log_ratios),
         advantages,
@@ -164,6 +176,10 @@ def _per_sequence(
         clamp=clamp,
         impl=impl,
     )
+    # The ratio of an empty sequence is 1, between all bounds.
+    count = factors.sum(dtype=torch.float64)
+    stats = out.stats._replace(ratio=out.stats.ratio - (out.stats.tokens - count), tokens=count)
+    return PolicyTerms(out.losses, stats)
 
 
 def _upper(eps: float, eps_high: float | None) -> float:
@@ -538,8 +554,8 @@ def _multiplier(lam: float | Tensor) -> float | Tensor:
             raise ValueError(f"lam must be a number or a 0-dim tensor, got shape {list(lam.shape)}")
         return lam.detach()
     _checks.check_number("lam", lam, " or a torch.Tensor")
-    if not lam >= 0:
-        raise ValueError(f"lam must be at least 0, got {lam}")
+    if not 0 <= lam < _INF:
+        raise ValueError(f"lam must be at least 0 and finite, got {lam}")
     return lam
 
 
@@ -547,11 +563,16 @@ def lagrangian_dual(log_lam: Tensor, excess: float | Tensor, *, log_lam_max: flo
     """The dual step's loss of log lam: −lam·excess, where lam = exp(min(log_lam, log_lam_max)).
 
     ``excess`` is what the constraint is over by, a constant: mean cost − budget in Safe RLHF-V, and
-    mean + k·std − tau in HC-RLHF.
+    mean + k·std − tau in HC-RLHF. Beyond ``log_lam_max`` there is gradient only where the step is down.
     """
     _checks.check_tensor("log_lam", log_lam)
     over = excess.detach() if isinstance(excess, Tensor) else excess
-    return -(log_lam.clamp(max=log_lam_max).exp() * over)
+    held = log_lam.clamp(max=log_lam_max)
+    # A clamp has no gradient beyond its bound: a multiplier that a step carried there would never fall again.
+    free = held.detach() + (log_lam - log_lam.detach())
+    down = over < 0
+    bounded = torch.where(down, free, held) if isinstance(down, Tensor) else free if down else held
+    return -(bounded.exp() * over)
 
 
 @register(
@@ -937,7 +958,7 @@ def vespo(
         k = torch.where(given >= 0, torch.full_like(log_w, k_pos), k_neg)
         lam = torch.where(given >= 0, torch.full_like(log_w, lam_pos), lam_neg)
         factors = (lam + k * log_w - lam * log_w.exp()).exp()
-    return _surrogate("reinforce", policy, None, given * factors, cu_seqlens, terms)
+    return _surrogate("reinforce", policy, old_logps, given * factors, cu_seqlens, terms)
 
 
 @register(
@@ -967,6 +988,9 @@ def hc_rlhf(
     Source: "Reinforcement Learning from Human Feedback with High-Confidence Safety Constraints" (2025).
     """
     _checks.check_tensor("rewards", rewards)
+    for name, value in (("costs", costs), ("baselines", baselines)):
+        if isinstance(value, Tensor) and value.shape != rewards.shape:
+            raise ValueError(f"{name} must have rewards' shape {list(rewards.shape)}, got {list(value.shape)}")
     advantages = rewards.detach() - _multiplier(lam) * hc_rlhf_cost(costs, mean=mean, std=std, k=k)
     if baselines is not None:
         advantages = advantages - baselines.detach()
@@ -1258,7 +1282,8 @@ def importance_weights(
     """``[T]`` corrections of a rollout by another engine: exp(old_logps − rollout_logps), bounded.
 
     ``truncate`` clamps to [low, high], ``mask`` gives 0 outside. At ``sequence`` level the ratio is that of the whole
-    response, at ``geometric`` its root by the length. Hand it over as ``weights``.
+    response, at ``geometric`` its root by the length. Where rollout_logps are NaN, as engines mark tokens they did not
+    score, the log-ratio is 0. Hand the weights over as ``weights``.
     """
     if level not in ("token", "sequence", "geometric"):
         raise ValueError(f"level must be 'token', 'sequence' or 'geometric', got {level!r}")
@@ -1267,7 +1292,7 @@ def importance_weights(
     if not low <= high:
         raise ValueError(f"low must not exceed high, got {low} and {high}")
     with torch.no_grad():
-        ratios = _log_ratio(old_logps, rollout_logps)
+        ratios = _from_rollout(old_logps, rollout_logps)
         if level != "token":
             reduced = sequence_reduce(ratios, cu_seqlens, "sum" if level == "sequence" else "mean")
             ratios = _spread("ratios", reduced, cu_seqlens, ratios)
@@ -1277,14 +1302,19 @@ def importance_weights(
         return torch.where((weights < low) | (weights > high), 0.0, weights)
 
 
+def _from_rollout(logps: Tensor, rollout_logps: Tensor) -> Tensor:
+    ratios = _log_ratio(logps, rollout_logps)
+    return torch.where(rollout_logps.isnan(), 0, ratios)
+
+
 def off_policy_mask(
     logps: Tensor, rollout_logps: Tensor, advantages: Tensor, cu_seqlens: Tensor, *, threshold: float
 ) -> Tensor:
     """``[T]`` weights: 0 in responses of negative advantage whose mean of rollout_logps − logps is over a threshold.
 
-    ``advantages`` are ``[S]``. TRL's ``off_policy_mask_threshold``.
+    ``advantages`` are ``[S]``; NaNs as in :func:`importance_weights`. TRL's ``off_policy_mask_threshold``.
     """
     with torch.no_grad():
-        drift = -sequence_reduce(_log_ratio(logps, rollout_logps), cu_seqlens, "mean")
+        drift = -sequence_reduce(_from_rollout(logps, rollout_logps), cu_seqlens, "mean")
         kept = (_fixed("advantages", advantages, drift) >= 0) | (drift <= threshold)
         return _spread("kept", kept, cu_seqlens, _own("logps", logps))

@@ -664,6 +664,7 @@ TRL = {
     "cispo": (losses.cispo, {"high": 1.3}, {}),
     "sapo": (losses.sapo, {}, {}),
     "vespo": (losses.vespo, {}, {}),
+    "vespo bias": (losses.vespo, {**KL_TERMS, "kl": "k3_corrected"}, {"beta": 0.04, "bias": True}),
     "grpo sequence": (losses.gspo, {"eps": 0.2, "eps_high": 0.28}, {"level": "sequence"}),
     "luspo": (losses.luspo, {"eps": 0.2, "eps_high": 0.28}, {"level": "sequence"}),
 }
@@ -680,7 +681,7 @@ def test_parity_with_trls_grpo(name):
     else:
         out = function(leaf, OLD, FULL_ADVANTAGES, cu_seqlens=FULL_CU, **options)
         how = losses.get(function.__name__).aggregation
-        items = {"items": 41.0} if name in ("dapo", "cispo", "vespo") else {}
+        items = {"items": 41.0} if name.split()[0] in ("dapo", "cispo", "vespo") else {}
         horizon = {"horizon": 9.0} if name == "dr_grpo" else {}
         loss = prefcore.aggregate(out.losses, FULL_CU, how, items.get("items"), **horizon)
     torch.testing.assert_close(loss, expected)
@@ -704,6 +705,17 @@ def test_parity_with_trls_corrections_of_the_rollout_engine():
     ratio = torch.exp((padded * MASK).sum(-1, keepdim=True)).expand(-1, 7)
     ratio = ratio.masked_fill((ratio < 0.5) | (ratio > 2.0), 0.0)
     torch.testing.assert_close(out, ratio[MASK])
+
+
+def test_tokens_that_the_rollout_engine_did_not_score_are_not_corrected_for():
+    rollout = REF.clone()
+    rollout[[0, 9]] = float("nan")
+    scored = torch.where(rollout.isnan(), OLD, rollout)
+    for level in ("token", "sequence", "geometric"):
+        expected = losses.importance_weights(OLD, scored, CU, level=level)
+        assert torch.equal(losses.importance_weights(OLD, rollout, CU, level=level), expected)
+    kept = losses.off_policy_mask(OLD, rollout, -torch.ones(S), CU, threshold=1e3)
+    assert kept.all()
 
 
 # Splitting, extremes, refusals.
@@ -790,7 +802,45 @@ def test_batches_without_tokens_or_with_empty_sequences_alone():
         assert torch.equal(getattr(losses, name)(none, none, advantages, cu).losses, torch.zeros(2))
 
 
+def test_statistics_of_sequence_ratios_do_not_count_empty_sequences():
+    for function in (losses.gspo, losses.rloo, losses.luspo):
+        stats = function(LOGPS, OLD, ADVANTAGES, CU).stats
+        kept = [s for s, length in enumerate(LENGTHS) if length]
+        alone = function(LOGPS, OLD, ADVANTAGES[kept], FULL_CU).stats
+        assert stats.tokens == len(kept)
+        torch.testing.assert_close(stats, alone)
+
+
+def test_vespos_statistics_are_those_of_its_log_probs():
+    stats = losses.vespo(LOGPS, OLD, ADVANTAGES, CU).stats
+    torch.testing.assert_close(stats.ratio, torch.exp(LOGPS - OLD).sum())
+
+
+def test_a_multiplier_beyond_its_bound_can_fall_again():
+    for log_lam, excess, gradient in ((12.0, -2.0, 2.0), (12.0, 2.0, 0.0), (1.0, -2.0, 2.0), (1.0, 2.0, -2.0)):
+        lam = math.exp(min(log_lam, 3.0))
+        for over in (excess, torch.tensor(excess, dtype=F64)):
+            leaf = torch.tensor(log_lam, dtype=F64, requires_grad=True)
+            loss = losses.lagrangian_dual(leaf, over, log_lam_max=3.0)
+            loss.backward()
+            torch.testing.assert_close(loss.detach(), torch.tensor(-lam * excess, dtype=F64))
+            torch.testing.assert_close(leaf.grad, torch.tensor(lam * gradient, dtype=F64))
+
+
 REFUSALS = [
+    (TypeError, "unexpected keyword argument 'eps'", lambda: losses.sapo(LOGPS, OLD, TOKEN_ADVANTAGES, eps=0.2)),
+    (ValueError, "kl needs ref_logps or kl_values", lambda: losses.ppo(LOGPS, OLD, TOKEN_ADVANTAGES, kl="k2")),
+    (
+        ValueError,
+        "entropy_coef needs entropy",
+        lambda: losses.ppo(LOGPS, OLD, TOKEN_ADVANTAGES, entropy_coef=0.01),
+    ),
+    (
+        ValueError,
+        r"costs must have rewards' shape \[5\], got \[1\]",
+        lambda: losses.hc_rlhf(LOGPS, ADVANTAGES, COSTS[:1], CU, lam=1.0, mean=0.0, std=1.0, k=1.0),
+    ),
+    (ValueError, "finite, got inf", lambda: losses.safe_rlhf_v(LOGPS, OLD, OLD, OLD, lam=math.inf)),
     (ValueError, "beta needs ref_logps or kl_values", lambda: losses.grpo(LOGPS, OLD, TOKEN_ADVANTAGES, beta=0.1)),
     (ValueError, r"advantages must have the log-probs' shape \[16\]", lambda: losses.ppo(LOGPS, OLD, ADVANTAGES)),
     (
@@ -808,7 +858,11 @@ REFUSALS = [
     (ValueError, "level must be", lambda: losses.importance_weights(OLD, REF, CU, level="turn")),
     (ValueError, "mode must be", lambda: losses.importance_weights(OLD, REF, CU, mode="drop")),
     (ValueError, "how must be", lambda: losses.pf_ppo_weights(ADVANTAGES, CU_MACROS[:3], "worst")),
-    (ValueError, "lam must be at least 0", lambda: losses.safe_rlhf_v(LOGPS, OLD, OLD, OLD, lam=-1.0)),
+    (
+        ValueError,
+        "lam must be at least 0 and finite, got -1",
+        lambda: losses.safe_rlhf_v(LOGPS, OLD, OLD, OLD, lam=-1.0),
+    ),
     (
         ValueError,
         "cu_ratios does not use beta, ref_logps",
