@@ -11,11 +11,10 @@ the aggregation that belongs to a method.
 keywords of the functions of tokens are those of :class:`TokenTerms`.
 
 No function takes a mask. Leave tokens that are not the policy's own, of tools or the environment, out of the packing:
-``weights`` of 0 take away their surrogate, or loss of the value, but neither the KL term nor the entropy bonus, and they
-count as tokens.
+``weights`` of 0 take away their surrogate, or value loss, but neither KL term nor entropy bonus, and they count.
 
-All raise TypeError for an argument of a wrong Python type or name, and ValueError for shapes, devices or values that do not
-fit.
+All raise TypeError for an argument of a wrong Python type or name, and ValueError for shapes, devices or values that
+do not fit.
 """
 
 from __future__ import annotations
