@@ -1245,7 +1245,7 @@ def dro_token(
     Source: "Offline Regularised Reinforcement Learning for Large Language Models Alignment" (2024).
     """
     square: TokenTerms = {"ref_logps": old_logps, "kl": "k2", "beta": beta, "impl": impl}
-    return _surrogate("reinforce", logps, None, advantages, cu_seqlens, square)
+    return _surrogate("reinforce", logps, old_logps, advantages, cu_seqlens, square)
 
 
 def kl_loss(

@@ -811,9 +811,12 @@ def test_statistics_of_sequence_ratios_do_not_count_empty_sequences():
         torch.testing.assert_close(stats, alone)
 
 
-def test_vespos_statistics_are_those_of_its_log_probs():
-    stats = losses.vespo(LOGPS, OLD, ADVANTAGES, CU).stats
-    torch.testing.assert_close(stats.ratio, torch.exp(LOGPS - OLD).sum())
+def test_statistics_are_of_the_ratio_where_the_loss_has_another_or_none():
+    for stats in (
+        losses.vespo(LOGPS, OLD, ADVANTAGES, CU).stats,
+        losses.dro_token(LOGPS, OLD, TOKEN_ADVANTAGES, beta=0.1).stats,
+    ):
+        torch.testing.assert_close(stats.ratio, torch.exp(LOGPS - OLD).sum())
 
 
 def test_a_multiplier_beyond_its_bound_can_fall_again():
