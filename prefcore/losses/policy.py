@@ -313,17 +313,18 @@ def ma_ppo(
     logps: Tensor,
     old_logps: Tensor | None,
     advantages: Tensor,
-    cu_macros: Tensor,
+    cu_macros: Tensor | None = None,
     *,
     eps: float = 0.2,
     eps_high: float | None = None,
     dual_clip: float | None = None,
     **terms: Unpack[TokenTerms],
 ) -> PolicyTerms:
-    """:func:`ppo` with one advantage for each macro action: ``advantages`` are ``[M]``, the ratio stays per token.
+    """:func:`ppo` with one advantage for each macro action; the ratio stays per token.
 
-    ``cu_macros`` ``[M + 1]`` int32 are the macro actions' offsets into the tokens; with those of single tokens it is
-    ``ppo``, with ``cu_seqlens`` a bandit.
+    ``advantages`` are ``[T]``, as :func:`prefcore.advantages.macro_gae` gives them to all tokens of an action, or
+    ``[M]`` beside ``cu_macros`` ``[M + 1]`` int32, the actions' offsets into the tokens: with those of single tokens it
+    is ``ppo``, with ``cu_seqlens`` a bandit.
 
     Source: "MA-RLHF: Reinforcement Learning from Human Feedback with Macro Actions" (2024).
     """

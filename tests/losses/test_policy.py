@@ -369,6 +369,14 @@ def test_macro_actions_of_one_token_are_ppo_and_of_a_response_a_bandit():
     )
 
 
+def test_advantages_of_macro_gae_are_those_of_ma_ppo():
+    starts = prefcore.advantages.ngram_starts(CU, T, 2)
+    found = prefcore.advantages.macro_gae(ENTROPY, REF, CU, starts, gamma=1.0, lam=0.9).advantages
+    offsets = torch.cat([starts.nonzero()[:, 0], torch.tensor([T])]).int()
+    of_actions = losses.ma_ppo(LOGPS, OLD, found[offsets[:-1].long()], offsets)
+    assert torch.equal(losses.ma_ppo(LOGPS, OLD, found).losses, of_actions.losses)
+
+
 def test_loops_interval_is_its_printed_form():
     low = losses.loop_ppo(LOGPS, OLD, TOKEN_ADVANTAGES, eps=0.1)
     again = prefcore.policy_terms(LOGPS, OLD, TOKEN_ADVANTAGES, form="clip", low=1 / 1.1, high=1.1)
