@@ -49,7 +49,7 @@ def train(run: common.Run, name: str, task: common.Sorting, model, steps: int) -
             prefcore.aggregate(losses, batch.cu_seqlens, "token_mean").backward()
             torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
             optimizer.step()
-        run.log(step, run=name, reward=scores.mean(), ratio_kl=terms.stats.means()["approx_kl"])
+        run.log(step, run=name, reward=scores.mean())
 
 
 def main() -> None:
