@@ -1,4 +1,4 @@
-"""``prefcore losses``: the methods, and what each must be given."""
+"""``prefcore losses``: the methods, rewards among them, and what each must be given."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "losses",
         help="the methods, and what each must be given",
-        description="List the methods of prefcore.losses: the name and its aliases, what the loss needs beside the "
-        "policy's log-probs, how its tokens are aggregated, whether it separates over groups (so that linear_loss can "
-        "run it), and the paper.",
+        description="List the methods of prefcore.losses and prefcore.rewards: the name and its aliases, what it needs "
+        "beside the policy's log-probs, how its tokens are aggregated, whether it separates over groups (so that "
+        "linear_loss can run it), and the paper.",
     )
     parser.add_argument("--family", choices=get_args(Family), help="those of one family alone")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -39,9 +39,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _methods() -> list[Method]:
-    from prefcore import losses
+    from prefcore import losses, rewards  # noqa: F401 - their import enters them into the registry
 
-    return sorted((losses.get(name) for name in losses.names()), key=lambda method: (method.family, method.name))
+    names = [name for family in get_args(Family) for name in losses.names(family)]
+    return sorted((losses.get(name) for name in names), key=lambda method: (method.family, method.name))
 
 
 def _plain(method: Method) -> dict[str, Any]:

@@ -1,17 +1,18 @@
 """Losses of policy gradients, from the log-probs of single tokens.
 
 Notation: rho = exp(logps − old_logps) of a token, A its advantage, lp(y) the sum of a response's log-probs. All
-functions take packed ``[T]`` log-probs, compute in float32 (float64 stays float64) in one pass of
-:func:`prefcore.policy_terms`, detach all but the policy's own numbers, and return its :class:`prefcore.PolicyTerms`:
-losses without reduction, and sums for the log. ``[T]`` losses go to :func:`prefcore.aggregate`; :func:`get` names
-the aggregation that belongs to a method.
+functions take packed ``[T]`` log-probs, compute in float32 (float64 stays float64) and detach all but the policy's own
+numbers. The methods of the registry return the :class:`prefcore.PolicyTerms` of :func:`prefcore.policy_terms`: losses
+without reduction, and sums for the log. ``[T]`` losses go to :func:`prefcore.aggregate`; :func:`get` names the
+aggregation that belongs to a method.
 
 ``advantages`` are ``[T]``, or ``[S]`` if ``cu_seqlens`` says where each response begins. ``old_logps`` None stands for
 ``logps`` themselves, in the first step after a rollout. Log-ratios are clamped to ±20 before ``exp``. The further
 keywords of the functions of tokens are those of :class:`TokenTerms`.
 
 No function takes a mask. Leave tokens that are not the policy's own, of tools or the environment, out of the packing:
-``weights`` of 0 take away their surrogate, or value loss, but neither KL term nor entropy bonus, and they count.
+``weights`` of 0 take away their surrogate, or value loss, but neither KL term nor entropy bonus, and they count; where a
+surrogate is not finite, 0 times it is NaN.
 
 All raise TypeError for an argument of a wrong Python type or name, and ValueError for shapes, devices or values that
 do not fit.
@@ -20,7 +21,7 @@ do not fit.
 from __future__ import annotations
 
 import math
-from typing import Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ from prefcore.losses._registry import register
 from prefcore.ops import _checks
 from prefcore.ops.policy_terms import Form, Kl, policy_terms
 from prefcore.ops.sequence_reduce import sequence_reduce
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 _INF = float("inf")
 

@@ -6,9 +6,12 @@ import sys
 
 import pytest
 
-from prefcore import cli, losses
+from prefcore import cli, losses, rewards
 
 pytestmark = pytest.mark.quick
+
+FAMILIES = ("pairwise", "policy", "reward")
+NAMES = {name for family in FAMILIES for name in losses.names(family)}
 
 
 def printed(capsys, *options):
@@ -18,7 +21,9 @@ def printed(capsys, *options):
 
 def test_the_json_says_of_every_method_what_the_registry_does(capsys):
     entries = json.loads(printed(capsys, "--json"))
-    assert set(entries) == set(losses.names())
+    assert set(entries) == NAMES
+    assert {"dpo", "grpo", "fine_grained_reward"} < NAMES
+    assert {entry["family"] for entry in entries.values()} == set(FAMILIES)
     for name, entry in entries.items():
         method = losses.get(name)
         assert entry == {
@@ -34,10 +39,10 @@ def test_the_json_says_of_every_method_what_the_registry_does(capsys):
 def test_the_text_shows_every_method_with_its_needs_and_paper(capsys):
     text = printed(capsys)
     lines = text.splitlines()
-    for name in losses.names():
+    for name in NAMES:
         assert f"  {name}" in lines
     joined = " ".join(text.split())
-    for name in losses.names():
+    for name in NAMES:
         assert losses.get(name).paper in joined
     assert "also sigmoid" in joined
     assert max(map(len, lines)) <= 120
@@ -46,6 +51,7 @@ def test_the_text_shows_every_method_with_its_needs_and_paper(capsys):
 def test_a_family_can_be_chosen(capsys):
     entries = json.loads(printed(capsys, "--json", "--family", "pairwise"))
     assert set(entries) == {name for name in losses.names() if losses.get(name).family == "pairwise"}
+    assert set(json.loads(printed(capsys, "--json", "--family", "reward"))) <= set(dir(rewards))
     with pytest.raises(SystemExit):
         cli.main(["losses", "--family", "none"])
 
