@@ -15,6 +15,7 @@ from prefcore import advantages
 from prefcore.data import pack
 from prefcore.hf import response_logps, token_logps
 from prefcore.losses import dpo, policy
+from prefcore.rewards import rto_reward
 
 PROMPTS, EPOCHS, VALUE_COEF = 64, 2, 0.1
 # With b1 = b2 the best policy is proportional to dpo·exp(b3·R/b2). A greater b1 is a higher power of dpo/ref, and that
@@ -62,8 +63,7 @@ def train_ppo(run: common.Run, name: str, task: common.Sorting, reference, dpo_m
         with torch.no_grad():
             old_logps, old_values = actor(batch)
             ref_logps, dpo_logps = token_logps(reference, batch), token_logps(dpo_model, batch)
-        rewards = b1 * (dpo_logps - ref_logps) - B2 * (old_logps - ref_logps)
-        rewards = rewards.index_add(0, batch.cu_seqlens[1:] - 1, B3 * scores)  # [T]
+        rewards = rto_reward(scores, dpo_logps, old_logps, ref_logps, batch.cu_seqlens, b1=b1, b2=B2, b3=B3)  # [T]
         advantage, returns = prefcore.gae(rewards, old_values, batch.cu_seqlens, gamma=1.0, lam=0.95)
         advantage = advantages.whiten(advantage)
 

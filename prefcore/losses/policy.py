@@ -11,8 +11,8 @@ aggregation that belongs to a method.
 keywords of the functions of tokens are those of :class:`TokenTerms`.
 
 No function takes a mask. Leave tokens that are not the policy's own, of tools or the environment, out of the packing:
-``weights`` of 0 take away their surrogate, or value loss, but neither KL term nor entropy bonus, and they count; where a
-surrogate is not finite, 0 times it is NaN.
+``weights`` of 0 take away their surrogate, or value loss, but neither KL term nor entropy bonus, and they count; where
+a surrogate is not finite, 0 times it is NaN.
 
 All raise TypeError for an argument of a wrong Python type or name, and ValueError for shapes, devices or values that
 do not fit.
