@@ -23,6 +23,7 @@ from prefcore._impl import Impl
 from prefcore._types import DenseReward, SegmentReward
 from prefcore.losses._registry import register
 from prefcore.ops import _checks
+from prefcore.ops.linear_divergence import linear_divergence
 from prefcore.ops.sequence_reduce import sequence_reduce
 from prefcore.ops.token_rewards import Estimator, PastEnd, token_rewards
 
@@ -44,6 +45,7 @@ __all__ = [
     "debate_reward",
     "fine_grained_reward",
     "flr_reward",
+    "kl_full",
     "kl_k1",
     "kl_k2",
     "kl_k3",
@@ -127,6 +129,22 @@ def kl_k3(
     Source: "Approximating KL Divergence" (Schulman, 2020).
     """
     return _estimates(logps, ref_logps, "k3", max_log_ratio, clamp)
+
+
+@register(family="reward", paper=_SCHULMAN, needs=("divergence",))
+def kl_full(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, **options: Any) -> Tensor:
+    """``[T]``, KL(policy‖reference) over the whole vocabulary at each token, for ``divergence=`` of a reward.
+
+    Without gradient; as a loss term take :func:`prefcore.linear_divergence` itself, of which it is the ``kl_pq``.
+
+    Source: "Approximating KL Divergence" (Schulman, 2020).
+
+    Args:
+        hidden, weight, ref_hidden, ref_weight: hidden states ``[T, D]`` and head ``[V, D]`` of both.
+        options: further ones of :func:`prefcore.linear_divergence`, such as temperatures and biases.
+    """
+    with torch.no_grad():
+        return linear_divergence(hidden, weight, ref_hidden, ref_weight, kind="kl_pq", **options).divergence
 
 
 def _estimates(

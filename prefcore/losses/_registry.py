@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from prefcore.ops.aggregate import How
 
-Family = Literal["pairwise", "policy", "reward"]
+Family = Literal["pairwise", "policy", "advantage", "reward"]
 
 # What a method must be given beside the policy's log-probs of its responses.
 Need = Literal[
@@ -35,7 +35,7 @@ class Method:
     """One method of the registry."""
 
     name: str
-    function: Callable[..., Any]  # returns losses; of "policy" PolicyTerms, of "reward" rewards
+    function: Callable[..., Any]  # returns losses, PolicyTerms, advantages or rewards
     family: Family
     paper: str
     needs: frozenset[Need]
@@ -93,6 +93,6 @@ def names(family: Family | None = None) -> tuple[str, ...]:
 
     Those of the family "reward" are entered by the import of ``prefcore.rewards``.
     """
-    methods = _METHODS.values()
-    found = {m.name for m in methods if (m.family != "reward" if family is None else m.family == family)}
+    wanted = ("pairwise", "policy") if family is None else (family,)
+    found = {method.name for method in _METHODS.values() if method.family in wanted}
     return tuple(sorted(found))

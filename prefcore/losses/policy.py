@@ -26,14 +26,26 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 import torch
 from torch import Tensor
 
+from prefcore import advantages as estimates
 from prefcore._impl import Impl
 from prefcore._types import PolicyTerms
-from prefcore.advantages import discounted_returns
 from prefcore.losses._checks import wide
 from prefcore.losses._registry import register
 from prefcore.ops import _checks
 from prefcore.ops.policy_terms import Form, Kl, policy_terms
 from prefcore.ops.sequence_reduce import sequence_reduce
+
+register(
+    family="advantage",
+    paper="High-Dimensional Continuous Control Using Generalized Advantage Estimation",
+    needs=("rewards",),
+)(estimates.gae)
+register(
+    family="advantage",
+    paper="Think-RM: Enabling Long-Horizon Reasoning in Generative Reward Models",
+    needs=("preferences", "groups"),
+    aliases=("think_rm_adv",),
+)(estimates.think_rm)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
@@ -509,7 +521,7 @@ def nash_md_pg(
     if klr == "sequence":
         ratios = _spread("ratios", sequence_reduce(ratios, cu_seqlens, "sum"), cu_seqlens, policy)
     elif klr == "reverse_cumsum":
-        ratios = discounted_returns(ratios, cu_seqlens, gamma=1)
+        ratios = estimates.discounted_returns(ratios, cu_seqlens, gamma=1)
     elif klr != "same_token":
         raise ValueError(f"klr must be 'sequence', 'reverse_cumsum' or 'same_token', got {klr!r}")
     terms: TokenTerms = {"ref_logps": ref_logps, "kl": "k1", "impl": impl}
@@ -1251,6 +1263,36 @@ def dro_token(
     """
     square: TokenTerms = {"ref_logps": old_logps, "kl": "k2", "beta": beta, "impl": impl}
     return _surrogate("reinforce", logps, old_logps, advantages, cu_seqlens, square)
+
+
+@register(
+    family="policy",
+    paper="Contrastive Policy Gradient: Aligning LLMs on sequence-level scores in a supervised-friendly fashion",
+    needs=("reference", "rewards", "groups"),
+)
+def copg_policy(
+    logps: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    cu_seqlens: Tensor,
+    cu_groups: Tensor,
+    *,
+    beta: float,
+    impl: Impl = "auto",
+) -> PolicyTerms:
+    """−A·lp(y) of each response, A = rloo(R − beta·(lp(y) − ref(y))): no ratio, whoever sampled; losses ``[S]``.
+
+    Its gradient is that of beta/2·(D − (R_i − R_j)/beta)², D the difference of log-ratios, summed over the pairs of a
+    group of K and divided by K − 1.
+
+    Source: "Contrastive Policy Gradient: Aligning LLMs on sequence-level scores in a supervised-friendly fashion"
+    (2024).
+    """
+    _checks.check_number("beta", beta)
+    policy = _own("logps", logps)
+    ratios = sequence_reduce(_log_ratio(policy.detach(), ref_logps), cu_seqlens, "sum")
+    advantages = estimates.rloo(_fixed("rewards", rewards, ratios) - beta * ratios, cu_groups, single="zero")
+    return _surrogate("reinforce", sequence_reduce(policy, cu_seqlens, "sum"), None, advantages, None, {"impl": impl})
 
 
 def kl_loss(

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from prefcore import cli, losses, rewards
+from prefcore import advantages, cli, losses, rewards
 
 pytestmark = pytest.mark.quick
 
-FAMILIES = ("pairwise", "policy", "reward")
+FAMILIES = ("pairwise", "policy", "advantage", "reward")
 NAMES = {name for family in FAMILIES for name in losses.names(family)}
 
 
@@ -22,7 +22,8 @@ def printed(capsys, *options):
 def test_the_json_says_of_every_method_what_the_registry_does(capsys):
     entries = json.loads(printed(capsys, "--json"))
     assert set(entries) == NAMES
-    assert {"dpo", "grpo", "fine_grained_reward"} < NAMES
+    assert {"dpo", "grpo", "gae", "fine_grained_reward", "kl_full"} < NAMES
+    assert losses.get("think_rm_adv").function is advantages.think_rm
     assert {entry["family"] for entry in entries.values()} == set(FAMILIES)
     for name, entry in entries.items():
         method = losses.get(name)

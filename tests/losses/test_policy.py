@@ -142,6 +142,13 @@ def dppo_tv(lp, old, a, t):
     return -torch.exp(lp - old).clamp(max=1.1).detach() * a * lp
 
 
+def copg(lp, span, s):
+    group = (0, 1) if s < 2 else range(2, S)
+    bent = [float(ADVANTAGES[j] - 0.3 * (LOGPS - REF)[slice(*SPANS[j])].sum()) for j in group]
+    own = bent[s - group[0]]
+    return -(own - (sum(bent) - own) / (len(bent) - 1)) * lp.sum()
+
+
 def gspo_token(lp):
     out = []
     for t, s in enumerate(OWNERS):
@@ -265,6 +272,10 @@ CASES = {
         lambda x: losses.dro_token(x, OLD, TOKEN_ADVANTAGES, beta=0.4),
         of_tokens(lambda x, old, a, t: -(a * x - 0.5 * 0.4 * (x - old) ** 2)),
     ),
+    "copg_policy": (
+        lambda x: losses.copg_policy(x, REF, ADVANTAGES, CU, torch.tensor([0, 2, S], dtype=torch.int32), beta=0.3),
+        of_sequences(copg),
+    ),
     "hc_rlhf": (
         lambda x: losses.hc_rlhf(x, ADVANTAGES, COSTS, CU, lam=0.5, mean=0.2, std=0.7, k=1.5, baselines=COSTS),
         hc,
@@ -329,6 +340,19 @@ def test_on_policy_the_gradient_is_that_of_reinforce(name, old):
         plain = losses.reinforce(leaf, TOKEN_ADVANTAGES).losses.sum()
     for actual, expected in zip(torch.autograd.grad(out, leaf), torch.autograd.grad(plain, leaf), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-14, atol=1e-15)
+
+
+def test_copgs_policy_view_has_the_gradient_of_its_squares():
+    leaf, beta = LOGPS.clone().requires_grad_(), 0.3
+    out = losses.copg_policy(leaf, REF, ADVANTAGES, CU, torch.tensor([0, 2, S], dtype=torch.int32), beta=beta)
+    ell = prefcore.sequence_reduce(leaf - REF, CU, "sum")
+    total = 0
+    for group in ((0, 1), tuple(range(2, S))):
+        for i, j in itertools.combinations(group, 2):
+            gap = (ADVANTAGES[i] - ADVANTAGES[j]) / beta
+            total = total + beta / 2 * (ell[i] - ell[j] - gap) ** 2 / (len(group) - 1)
+    actual, expected = (torch.autograd.grad(x, leaf, retain_graph=True)[0] for x in (out.losses.sum(), total))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_sapo_on_policy_is_two_over_tau_times_the_advantage():

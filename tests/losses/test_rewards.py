@@ -102,6 +102,17 @@ def test_kl_log_ratios_and_k3_are_clamped_where_asked():
     assert rewards.kl_k3(logps, ref, clamp=10.0).tolist()[1:] == [10, 0]
 
 
+def test_the_full_kl_is_that_of_both_heads_and_has_no_gradient():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, ref_hidden, ref_weight = (
+        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((7, 5), (40, 5), (7, 3), (40, 3))
+    )
+    found = rewards.kl_full(hidden.requires_grad_(), weight, ref_hidden, ref_weight, temperature=0.7)
+    p, q = ((h @ w.T / 0.7).log_softmax(-1) for h, w in ((hidden, weight), (ref_hidden, ref_weight)))
+    torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1).detach(), rtol=1e-12, atol=1e-13)
+    assert not found.requires_grad
+
+
 def test_fine_grained_rewards_sum_to_the_weighted_scores(batch):
     _, old, ref = batch
     counts = (2, 0, 3, 1, 0)
