@@ -1,7 +1,8 @@
 """MA-PPO beside PPO: credit for macro actions of a few tokens, where one reward comes at the very end.
 
-Both see the same task, the same start and the same number of answers; they differ in the advantages alone. A macro
-action of n tokens brings the end n times closer, so that with lam < 1 more of the reward reaches the early tokens.
+Both see the same task, the same start and the same number of answers; they differ in the steps of GAE alone.
+A macro action of n tokens brings the end n times closer, so that with lam < 1 more of the reward reaches the early
+tokens.
 """
 
 import copy

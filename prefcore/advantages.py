@@ -427,7 +427,7 @@ def think_rm(strengths: Tensor, cu_groups: Tensor, total: int, *, eps: float = 1
     Raises:
         TypeError, ValueError: arguments of other types, shapes, dtypes or values.
     """
-    _checks.check_ragged("strengths", strengths, cu_groups)
+    _checks.check_ragged("strengths", strengths, cu_groups, "cu_groups")
     _checks.check_number("eps", eps)
     if not 0 < eps < float("inf"):
         raise ValueError(f"eps must be positive, got {eps}")

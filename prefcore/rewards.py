@@ -154,6 +154,8 @@ def _estimates(
     _checks.check_tensor("ref_logps", ref_logps)
     if logps.dim() != 1:
         raise ValueError(f"logps must have shape [T], got {list(logps.shape)}")
+    if clamp is not None:
+        _checks.check_number("clamp", clamp)
     whole = logps.shape[0] * torch.arange(2, dtype=torch.int32, device=logps.device)
     bounds = None if clamp is None else (-clamp, clamp)
     return token_rewards(
@@ -322,7 +324,7 @@ def self_debug_reward(
 
     Source: "Training LLMs to Better Self-Debug and Explain Code" (2024).
     """
-    _checks.check_tensor("cu_seqlens", cu_seqlens)
+    _checks.check_ragged("old_logps", old_logps, cu_seqlens)
     one_each = torch.arange(cu_seqlens.shape[0], dtype=torch.int32, device=cu_seqlens.device)
     spans = [
         SegmentReward(code_ends, code_rewards, one_each),
@@ -368,8 +370,13 @@ def seq2seq_rm(
         _same_device(name, ids, old_logps)
     _checks.check_reference_offsets("cu_seqlens", cu_seqlens, old_logps.shape[0])
     differs = tokens != rewritten
-    if "mask" in penalty:
-        differs = differs & penalty["mask"]
+    mask = penalty.get("mask")
+    if mask is not None:
+        _checks.check_tensor("mask", mask)
+        if mask.dtype != torch.bool or mask.shape != tokens.shape:
+            raise ValueError(f"mask must be torch.bool {list(tokens.shape)}, got {mask.dtype} {list(mask.shape)}")
+        _same_device("mask", mask, old_logps)
+        differs = differs & mask
     count = torch.nn.functional.pad(differs.cumsum(0), (1, 0))  # before each token
     earlier = count[cu_seqlens[:-1].long()].repeat_interleave(cu_seqlens.diff(), output_size=tokens.shape[0])
     dense = torch.where(differs, -differ, agree * (count[:-1] == earlier).to(old_logps.dtype))
@@ -476,7 +483,8 @@ def dapo_overlong(lengths: Tensor, *, max_length: int, cache: int) -> Tensor:
 def selfplay_winrate(preferences: Tensor, cu_groups: Tensor, total: int, *, symmetrize: bool = True) -> Tensor:
     """``[S]`` how often each response is preferred over another of its group, ``mean_{j != i} P(y_i > y_j)``.
 
-    A group's rewards sum to half its size; a group of one gets 1/2.
+    Where P[i, j] + P[j, i] = 1, as ``symmetrize`` makes it, a group's rewards sum to half its size; a group of one gets
+    1/2.
 
     Args:
         preferences: float32 or float64, the K × K matrices P of all groups one after another, row by row: P[i, j] in
@@ -488,7 +496,7 @@ def selfplay_winrate(preferences: Tensor, cu_groups: Tensor, total: int, *, symm
     Source: "A Minimaximalist Approach to Reinforcement Learning from Human Feedback" (SPO, 2024).
     """
     _check_scores("preferences", preferences, "sum of K * K")
-    _checks.check_ragged("preferences", preferences, cu_groups)
+    _checks.check_ragged("preferences", preferences, cu_groups, "cu_groups")
     if not isinstance(total, int) or isinstance(total, bool):
         raise TypeError(f"total must be an int, got {type(total).__name__}")
     sizes = cu_groups.diff().long()
@@ -616,7 +624,7 @@ def flr_reward(
 
     Source: "Aligning Language Models Using Follow-up Likelihood as Reward Signal" (2024).
     """
-    means = []
+    means: list[Tensor] = []
     pairs = (("positive", positive_logps, positive_lengths), ("negative", negative_logps, negative_lengths))
     for name, logps, lengths in pairs:
         _check_heads(f"{name}_logps", logps)
@@ -627,10 +635,12 @@ def flr_reward(
                     f"{name}_lengths must have shape {list(logps.shape)} or {list(logps.shape[1:])}, "
                     f"got {list(lengths.shape)}"
                 )
-            logps = logps / lengths.clamp(min=1)
+            _same_device(f"{name}_lengths", lengths, logps)
+            logps = logps / lengths.clamp(min=1).to(logps.dtype)
         means.append(logps.mean(1))
     if means[0].shape != means[1].shape:
         raise ValueError(f"negative_logps must be of {len(means[0])} responses, got {len(means[1])}")
+    _like("negative_logps", means[1], means[0])
     return means[0] - means[1]
 
 
@@ -716,12 +726,15 @@ def bstar_balance(unique_correct: Tensor, selected: Tensor, *, target: int = 8) 
     """
     for name, x in (("unique_correct", unique_correct), ("selected", selected)):
         _checks.check_tensor(name, x)
+    if selected.shape != unique_correct.shape:
+        raise ValueError(f"selected must have shape {list(unique_correct.shape)}, got {list(selected.shape)}")
+    _same_device("selected", selected, unique_correct)
     if not isinstance(target, int) or isinstance(target, bool):
         raise TypeError(f"target must be an int, got {type(target).__name__}")
     if target < 1:
         raise ValueError(f"target must be positive, got {target}")
-    unique = unique_correct.to(torch.float32)
-    return (unique / target).clamp(max=1) * unique / selected.clamp(min=1)
+    unique, size = unique_correct.to(torch.float32), selected.to(torch.float32)
+    return torch.where(size > 0, (unique / target).clamp(max=1) * unique / size.clamp(min=1), 0)
 
 
 class RewardNormalizer:

@@ -1063,7 +1063,7 @@ def pf_ppo_weights(
     ``best`` keeps the best; ``best_worst`` the best and the worst; ``best_random`` is 0.4 for the best and 0.1 for the
     others, the published probabilities of resampling; ``power`` is abs(R)^power. Of equal rewards the first counts.
     """
-    _checks.check_ragged("rewards", rewards, cu_groups)
+    _checks.check_ragged("rewards", rewards, cu_groups, "cu_groups")
     rewards = rewards.detach()
     if how == "power":
         return rewards.abs().pow(power)

@@ -35,20 +35,20 @@ def check_number(name: str, value: object, alternative: str = "") -> None:
         raise TypeError(f"{name} must be a number{alternative}, got {type(value).__name__}")
 
 
-def check_ragged(name: str, x: Tensor, cu_seqlens: Tensor) -> None:
-    """Check all but values: ``x [T]`` float32 or float64, ``cu_seqlens [S + 1]`` int32 on the same device."""
+def check_ragged(name: str, x: Tensor, offsets: Tensor, called: str = "cu_seqlens") -> None:
+    """Check all but values: ``x [T]`` float32 or float64, ``offsets [S + 1]`` int32 on the same device."""
     check_tensor(name, x)
-    check_tensor("cu_seqlens", cu_seqlens)
+    check_tensor(called, offsets)
     if x.dim() != 1:
         raise ValueError(f"{name} must have shape [T], got {list(x.shape)}")
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name} must be float32 or float64, got {x.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens must have shape [S + 1], got {list(cu_seqlens.shape)}")
-    if cu_seqlens.dtype != torch.int32:
-        raise ValueError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.device != x.device:
-        raise ValueError(f"cu_seqlens must be on {name}'s device {x.device}, got {cu_seqlens.device}")
+    if offsets.dim() != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"{called} must have shape [S + 1], got {list(offsets.shape)}")
+    if offsets.dtype != torch.int32:
+        raise ValueError(f"{called} must be int32, got {offsets.dtype}")
+    if offsets.device != x.device:
+        raise ValueError(f"{called} must be on {name}'s device {x.device}, got {offsets.device}")
 
 
 def check_offset_values(name: str, offsets: Tensor, total: int) -> None:

@@ -70,7 +70,9 @@ def token_rewards(
     if divergence is not None:
         if isinstance(kl_coef, Tensor):
             kl_coef = kl_coef.detach()
-            kl_coef = kl_coef if turns is None else kl_coef[turns.long().clamp(0, kl_coef.shape[0] - 1)]
+            if turns is not None:  # NaN for a turn without coefficient
+                known = torch.nn.functional.pad(kl_coef, (1, 1), value=float("nan"))
+                kl_coef = known[turns.long().clamp(-1, kl_coef.shape[0]) + 1]
         out = out - kl_coef * divergence.detach()
     if clamp is not None:
         out = out.clamp(*clamp)

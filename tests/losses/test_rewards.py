@@ -207,6 +207,7 @@ def test_behind_the_first_difference_only_further_ones_count(batch):
     expected = [1, -2, 0, 1, -2, 0, -2, 0, -2, 1, 1, 1, 1]
     out = rewards.seq2seq_rm(tokens, rewritten, old, ref, CU, beta=0.1, differ=2.0)
     close(out, literal([dict(enumerate(map(float, expected)))], old, ref, 0.1))
+    assert torch.equal(rewards.seq2seq_rm(tokens, rewritten, old, ref, CU, beta=0.1, differ=2.0, mask=None), out)
     mask = torch.ones(TOTAL, dtype=torch.bool)
     mask[4] = False
     out = rewards.seq2seq_rm(tokens, rewritten, old, ref, CU, beta=0.0, differ=2.0, mask=mask)
@@ -366,6 +367,8 @@ def test_exchanging_positive_and_negative_follow_ups_negates_the_reward():
     per_token = rewards.flr_reward(positive, negative, positive_lengths=lengths)
     close(per_token, (positive / lengths).sum(1) / 3 - negative.sum(1) / 2)
     assert torch.equal(rewards.flr_reward(negative, positive, negative_lengths=lengths), -per_token)
+    single = rewards.flr_reward(positive.float(), negative.float(), positive_lengths=lengths.double())
+    assert single.dtype == torch.float32
 
 
 def test_love_is_the_probability_of_a_reaction():
@@ -395,8 +398,9 @@ def test_small_mixtures():
     a, b, c, d = normal(4, 5)
     close(rewards.debate_reward(a, b, lam=0.25), 0.75 * a + 0.25 * b)
     close(rewards.alphadrive_reward(a, b, c, d), a * b * c + d)
-    out = rewards.bstar_balance(ints(0, 4, 8, 16, 0), ints(4, 8, 8, 32, 0))
-    assert out.tolist() == [0, 0.25, 1, 0.5, 0]
+    out = rewards.bstar_balance(ints(0, 4, 8, 16, 0, 3), ints(4, 8, 8, 32, 0, 0))
+    assert out.tolist() == [0, 0.25, 1, 0.5, 0, 0]
+    assert rewards.bstar_balance(ints(4), torch.full((1,), 8.0, dtype=F64)).dtype == torch.float32
 
 
 def test_running_moments_are_those_of_all_rewards_so_far():
@@ -496,6 +500,20 @@ REFUSALS = [
     (ValueError, "std must be positive", lambda: rewards.normalize_scores(S, 0.0, 0.0)),
     (ValueError, "tokens must be integers", lambda: rewards.seq2seq_rm(S, S, S, S, offsets((2,)), beta=0.1)),
     (ValueError, "logps must have shape", lambda: rewards.kl_k1(M, M)),
+    (TypeError, "clamp must be a number", lambda: rewards.kl_k3(S, S, clamp="1")),
+    (
+        ValueError,
+        r"mask must be torch.bool \[2\], got torch.float32 \[2\]",
+        lambda: rewards.seq2seq_rm(ints(1, 2), ints(1, 2), S, S, offsets((2,)), beta=0.1, mask=S),
+    ),
+    (
+        ValueError,
+        r"cu_seqlens must have shape \[S \+ 1\], got \[\]",
+        lambda: rewards.self_debug_reward(S, S, ints(0, 0), ints(0, 0), S, S, torch.tensor(2), beta=0.1),
+    ),
+    (ValueError, "cu_groups must be int32", lambda: rewards.selfplay_winrate(S, offsets((1, 1)).long(), 2)),
+    (ValueError, "negative_logps must be torch.float32", lambda: rewards.flr_reward(M, M.double())),
+    (ValueError, r"selected must have shape \[1\], got \[2\]", lambda: rewards.bstar_balance(ints(1), ints(1, 2))),
     (ValueError, "eps must be positive", lambda: rewards.RewardNormalizer(eps=0.0)),
     (ValueError, r"moments must have shape \[3\]", lambda: rewards.RewardNormalizer().load_state_dict({"moments": S})),
     (ValueError, "target must be positive", lambda: rewards.bstar_balance(ints(1), ints(1), target=0)),

@@ -345,6 +345,14 @@ def test_a_coefficient_may_be_a_0_dim_tensor():
         assert torch.equal(run((3, 4), made, kl_coef=torch.tensor(0.25), impl=impl), expected)
 
 
+def test_the_references_turn_without_coefficient_makes_nan_of_its_tokens():
+    turns = torch.tensor([0, 1, 2, -1], dtype=torch.int32)
+    made = {"divergence": torch.ones(4), "kl_coef": torch.tensor([0.5, 0.25]), "turns": turns}
+    out = prefcore.reference.token_rewards(None, offsets((4,)), total=4, dtype=torch.float32, **made)
+    assert out[:2].tolist() == [-0.5, -0.25]
+    assert bool(out[2:].isnan().all())
+
+
 def test_32_streams_and_sets_of_segments_are_served():
     values = torch.arange(32.0)
     one = torch.ones(1)
