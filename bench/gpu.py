@@ -184,7 +184,7 @@ def describe(name: str, report: Report) -> str:
 
 
 def write(name: str, report: Report, settings: Settings) -> Path:
-    """Add a part's report to those of the parts that ran before, in this session or in another."""
+    """Add a part's report to those of the parts that ran before, in this run or in an earlier one."""
     path = settings.results / f"{settings.machine}-{datetime.date.today()}-checks.json"
     known = json.loads(path.read_text())["parts"] if path.exists() else {}
     found = environment("python -m bench.gpu", settings.device)
