@@ -1,4 +1,7 @@
 import os
+import socket
+import subprocess
+import sys
 
 # Without it cuBLAS warns in deterministic mode, which the fixture below turns on; read when its library loads.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -56,3 +59,51 @@ def poison_uninitialised_memory():
     yield
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+# What one of two ranks runs: a fresh interpreter, since a test's module may have been imported under a name that no
+# other process can find.
+_RANK = """
+import importlib.util, os, pathlib, sys
+import torch
+
+path, function, rank, folder = sys.argv[1:]
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+spec = importlib.util.spec_from_file_location("ranks", path)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+getattr(module, function)(int(rank), pathlib.Path(folder))
+torch.distributed.barrier()
+# Not by returning: torch's destructor of a gloo group holds the interpreter's lock while it waits for a thread that
+# may be waiting for that lock.
+os._exit(0)
+"""
+
+
+@pytest.fixture
+def two_ranks(request, tmp_path):
+    """Calls a function of the test's module, function(rank, folder), on both ranks of a group; returns the folder."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("torch is built without gloo")
+
+    def run(function, timeout=120):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", _RANK, str(request.path), function.__name__, str(rank), str(tmp_path)],
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        for worker in workers:
+            _, errors = worker.communicate(timeout=timeout)
+            assert worker.returncode == 0, errors
+        return tmp_path
+
+    return run

@@ -2,11 +2,6 @@
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -530,11 +525,7 @@ def test_bad_arguments_are_refused(tmp_path):
         trainer.evaluate(make_pairs(4))
 
 
-def _worker(rank, port, path):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
+def _worker(rank, path):
     pairs, held_out = make_pairs(8), make_pairs(7, seed=5)
     settings = {
         "per_device_train_batch_size": 2,
@@ -559,31 +550,10 @@ def _worker(rank, port, path):
     trainer.save_model(str(path / "saved"))
     torch.save(gradients, path / f"gradients{rank}.pt")
     (path / f"logs{rank}.json").write_text(json.dumps([trainer.state.log_history[0], evaluated]))
-    torch.distributed.barrier()
-    # Not by returning: torch's destructor of a gloo group holds the interpreter's lock while it waits for a thread
-    # that may be waiting for that lock.
-    os._exit(0)
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch is built without gloo")
-def test_two_processes_give_the_gradients_and_metrics_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # A fresh interpreter each: this module may have been imported under a name that no other process can
-    # find.
-    code = (
-        "import importlib.util, pathlib, sys;"
-        f"spec = importlib.util.spec_from_file_location('worker', {str(Path(__file__))!r});"
-        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module);"
-        f"module._worker(int(sys.argv[1]), {port}, pathlib.Path({str(tmp_path)!r}))"
-    )
-    workers = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=300)
-        assert worker.returncode == 0, errors
+def test_two_processes_give_the_gradients_and_metrics_of_one(two_ranks):
+    tmp_path = two_ranks(_worker, timeout=300)
 
     # Also where the ranks divide their batches into different numbers of forward passes.
     first, second = (json.loads((tmp_path / f"batches{rank}.json").read_text()) for rank in (0, 1))

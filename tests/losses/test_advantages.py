@@ -1,12 +1,7 @@
 import functools
 import itertools
 import math
-import os
-import socket
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -451,36 +446,13 @@ def _compute(rank, group):
     }
 
 
-def _worker(rank, port, path):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def _worker(rank, path):
     torch.save(_compute(rank, torch.distributed.group.WORLD), path / f"{rank}.pt")
-    torch.distributed.barrier()
-    # Not by returning: torch's destructor of a gloo group holds the interpreter's lock while it waits for a thread
-    # that may be waiting for that lock.
-    os._exit(0)
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch is built without gloo")
-def test_two_ranks_have_the_whitening_and_the_counts_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # A fresh interpreter each: this module may have been imported under a name that no other process can find.
-    code = (
-        "import importlib.util, pathlib, sys;"
-        f"spec = importlib.util.spec_from_file_location('worker', {str(Path(__file__))!r});"
-        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module);"
-        f"module._worker(int(sys.argv[1]), {port}, pathlib.Path({str(tmp_path)!r}))"
-    )
-    workers = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=120)
-        assert worker.returncode == 0, errors
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+def test_two_ranks_have_the_whitening_and_the_counts_of_one(two_ranks):
+    path = two_ranks(_worker)
+    ranks = [torch.load(path / f"{rank}.pt") for rank in (0, 1)]
     whole = _compute(None, None)
     for name in ("whiten", "tokens", "returns"):
         torch.testing.assert_close(torch.cat([rank[name] for rank in ranks]), whole[name], rtol=2e-7, atol=1e-7)

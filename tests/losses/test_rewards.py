@@ -1,7 +1,6 @@
 import inspect
 import itertools
 import math
-import socket
 
 import pytest
 import torch
@@ -428,29 +427,18 @@ def test_switches_of_the_normaliser():
     assert rewards.RewardNormalizer()(torch.full((3,), 2.0)).tolist() == [0, 0, 0]
 
 
-def _ranks(rank, port, queue):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2)
+def _worker(rank, path):
     group = torch.distributed.group.WORLD
     scores = torch.arange(12, dtype=F64).view(6, 2).cos()
     own = scores[:2] if rank == 0 else scores[2:]
     normalize = rewards.RewardNormalizer(process_group=group)
     out = [normalize(own[:, 0]), normalize(own[:, 1]), *rewards.maxmin_rlhf(own, process_group=group)]
-    queue.put((rank, [x.tolist() for x in out]))
-    torch.distributed.destroy_process_group()
+    torch.save([x.tolist() for x in out], path / f"{rank}.pt")
 
 
-def test_two_ranks_are_one():
-    context = torch.multiprocessing.get_context("spawn")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    queue = context.Queue()
-    processes = [context.Process(target=_ranks, args=(rank, port, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    results = dict(queue.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join()
+def test_two_ranks_are_one(two_ranks):
+    path = two_ranks(_worker)
+    results = [torch.load(path / f"{rank}.pt") for rank in (0, 1)]
     scores = torch.arange(12, dtype=F64).view(6, 2).cos()
     normalize = rewards.RewardNormalizer()
     whole = [normalize(scores[:, 0]), normalize(scores[:, 1]), *rewards.maxmin_rlhf(scores)]
