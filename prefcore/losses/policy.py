@@ -156,8 +156,7 @@ def _spread(name: str, value: Tensor, cu_seqlens: Tensor | None, like: Tensor) -
     segments = cu_seqlens.shape[0] - 1
     if value.shape != (segments,):
         raise ValueError(f"{name} beside cu_seqlens must have shape [{segments}], got {list(value.shape)}")
-    _checks.check_reference_offsets("cu_seqlens", cu_seqlens, like.shape[0])
-    return torch.repeat_interleave(value, cu_seqlens.diff(), output_size=like.shape[0])
+    return estimates.to_tokens(value, cu_seqlens, like.shape[0])
 
 
 def _log_ratio(logps: Tensor, old_logps: Tensor | None) -> Tensor:
@@ -553,14 +552,7 @@ def safe_rlhf_v(
 
     Source: "Safe RLHF-V: Safe Reinforcement Learning from Human Feedback in Multimodal Large Language Models" (2025).
     """
-    _checks.check_tensor("advantages", advantages)
-    _checks.check_tensor("cost_advantages", cost_advantages)
-    if advantages.shape != cost_advantages.shape:
-        raise ValueError(
-            f"cost_advantages must have advantages' shape {list(advantages.shape)}, got {list(cost_advantages.shape)}"
-        )
-    factor = _multiplier(lam)
-    mixed = (advantages.detach() - factor * cost_advantages.detach()) / (1 + factor)
+    mixed = estimates.lagrangian(advantages, cost_advantages, _multiplier(lam))
     return ppo(logps, old_logps, mixed, eps=eps, cu_seqlens=cu_seqlens, **terms)
 
 
