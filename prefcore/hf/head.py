@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import prefcore
+from prefcore._types import TokenStats
 
 # Attributes of a text config that multiply (+1) or divide (-1) the head's output, with the models that
 # brought them.
@@ -48,6 +51,27 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits ``[..., V]`` of final hidden states ``[..., D]``, in full memory: to compare."""
         return self._transform(F.linear(hidden.to(self.weight.device), self.weight, self.bias))
+
+    def stats(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        temperature: float | Tensor = 1.0,
+        outputs: Sequence[str] = (),
+    ) -> TokenStats:
+        """:func:`prefcore.linear_logprobs` of hidden states ``[..., D]`` and targets ``[...]`` on the head's device."""
+        device = self.weight.device
+        return prefcore.linear_logprobs(
+            hidden.to(device),
+            self.weight,
+            targets.to(device),
+            bias=self.bias,
+            temperature=temperature,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            outputs=outputs,
+        )
 
     def _transform(self, raw: Tensor) -> Tensor:
         raw = raw * self.logit_scale

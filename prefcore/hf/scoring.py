@@ -189,17 +189,7 @@ def head_stats(
     head: Head, states: Tensor, batch: PackedBatch, temperature: float = 1.0, outputs: Sequence[str] = ()
 ) -> TokenStats:
     """:func:`prefcore.linear_logprobs` of the scored tokens, ``[T]`` each."""
-    device = head.weight.device
-    return prefcore.linear_logprobs(
-        _scored_rows(states, batch).to(device),
-        head.weight,
-        batch.targets.to(device),
-        bias=head.bias,
-        temperature=temperature,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        outputs=outputs,
-    )
+    return head.stats(_scored_rows(states, batch), batch.targets, temperature=temperature, outputs=outputs)
 
 
 def head_divergence(

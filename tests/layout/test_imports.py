@@ -20,7 +20,7 @@ LAYERS = (
     ("prefcore",),  # the package's own __init__ re-exports the ops
     ("prefcore.losses", "prefcore.rewards", "prefcore.advantages", "prefcore.outer", "prefcore.distributed"),
     ("prefcore.data",),
-    ("prefcore.hf", "prefcore.trl", "prefcore.nn", "prefcore.cli", "prefcore.__main__"),
+    ("prefcore.hf", "prefcore.trl", "prefcore.nn", "prefcore.adapters", "prefcore.cli", "prefcore.__main__"),
 )
 LEVEL = {prefix: level for level, prefixes in enumerate(LAYERS) for prefix in prefixes}
 # The one layer that may import each of these.
