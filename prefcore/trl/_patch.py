@@ -309,7 +309,8 @@ def _find(target: _Target) -> Any:
         raise RuntimeError(f"{refusal} and did not find it: {error}") from error
     try:
         # What `apply` of an autograd function takes is what its `forward` takes behind the context.
-        called = _parameters(found.forward)[1:] if isinstance(found, type) else _parameters(found)
+        forward = getattr(found, "forward", None)
+        called = _parameters(found) if forward is None else _parameters(forward)[1:]
     except (AttributeError, TypeError, ValueError) as error:
         raise RuntimeError(f"{refusal} and cannot read the signature of what is there: {error}") from error
     if called != target.parameters:
