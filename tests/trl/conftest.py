@@ -1,4 +1,5 @@
 import importlib.util
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,5 +22,6 @@ def harness():
         pytest.skip("these are the trainers of TRL 1.16")
     spec = importlib.util.spec_from_file_location("trl_harness", Path(__file__).with_name("harness.py"))
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up its annotations
     spec.loader.exec_module(module)
     return module

@@ -8,10 +8,15 @@ seeded by the number of the call, not from the model. So a difference in the las
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import transformers
+
+import prefcore
+import prefcore.trl
 
 WIDTH, LAYERS = 16, 2
 SPECIAL = ("<pad>", "<end>", "<unknown>", "<user>", "<assistant>", "<system>")
@@ -23,6 +28,8 @@ TEMPLATE = (
     "{% else %}{{ '<' + message['role'] + '> ' + message['content'] + ' <end> ' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
+# The ops that stand for TRL's functions.
+ROUTED = ("linear_logprobs", "logprobs", "linear_divergence")
 # Of what TRL logs, only this differs between two equal runs.
 TIMES = ("runtime", "per_second", "time", "mfu", "flops", "memory")
 
@@ -289,6 +296,38 @@ def run(make_trainer, steps=None):
     return trace
 
 
+@contextmanager
+def counted():
+    """Counts the calls of the ops to which ``prefcore.trl`` routes TRL's functions, by name."""
+    calls, own = Counter(), {name: getattr(prefcore, name) for name in ROUTED}
+
+    def count(name):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return own[name](*args, **kwargs)
+
+        return call
+
+    for name in ROUTED:
+        setattr(prefcore, name, count(name))
+    try:
+        yield calls
+    finally:
+        for name in ROUTED:
+            setattr(prefcore, name, own[name])
+
+
+def both(make_trainer, *ops, steps=None):
+    """Runs of the trainer with prefcore and without; all ``ops`` were called in the first, and none in the second."""
+    with counted() as calls:
+        theirs = run(make_trainer, steps)
+    assert not calls, f"prefcore computes in TRL's own run: {dict(calls)}"
+    with counted() as calls, prefcore.trl.enable():
+        ours = run(make_trainer, steps)
+    assert set(calls) == set(ops), f"TRL reached {dict(calls)} of prefcore, expected {ops}"
+    return ours, theirs
+
+
 def roundings(tokens, *, width=WIDTH, vocabulary=VOCABULARY, steps=1):
     """Roundings on the way from hidden states to a mean over ``tokens``, in units of ``finfo(dtype).eps``.
 
@@ -299,10 +338,11 @@ def roundings(tokens, *, width=WIDTH, vocabulary=VOCABULARY, steps=1):
     return 2 * steps * (width + 8 + vocabulary + tokens)
 
 
-def assert_same(ours, theirs, *, tokens=64, dtype=torch.float32):
-    """Losses, every metric and every gradient of the runs agree within the roundings of ``dtype``; none is trivial.
+def assert_same(ours, theirs, *, tokens=64, dtype=torch.float32, trivial=False):
+    """Losses, every metric and every gradient of the runs agree within the roundings of ``dtype``.
 
-    Gradients are held to the largest of their step, since a small one is a difference of large ones.
+    Unless ``trivial``, no gradients of a step are all 0. They are held to the largest of their step: a small one is a
+    difference of large ones.
     """
     eps = torch.finfo(dtype).eps
     assert len(ours.losses) == len(theirs.losses) > 0
@@ -318,10 +358,35 @@ def assert_same(ours, theirs, *, tokens=64, dtype=torch.float32):
     for i, (a, b) in enumerate(zip(ours.gradients, theirs.gradients, strict=True)):
         assert a.keys() == b.keys(), f"step {i}: gradients of {a.keys() ^ b.keys()} in one run only"
         largest = max(g.abs().max().item() for g in b.values())
-        assert largest > 0, f"step {i}: every gradient is 0, which shows nothing"
+        assert largest > 0 or trivial, f"step {i}: every gradient is 0, which shows nothing"
         for name in b:
             off = (a[name].double() - b[name].double()).abs().max().item()
             assert off <= bound * largest, f"gradient of {name} at step {i}: off by {off / largest:.1e} of the largest"
+
+
+def assert_no_worse(ours, theirs, truth, *, tokens=64, dtype=torch.bfloat16):
+    """In a 16-bit type: what is compared by :func:`assert_same` is as near to float32's run as TRL's own is.
+
+    At most twice TRL's distance from it, by the largest of the run, and one rounding of ``dtype`` beside.
+    """
+    band = torch.finfo(dtype).eps
+    rows = {
+        "losses": [torch.tensor(run.losses) for run in (ours, theirs, truth)],
+        **{
+            f"{name} at step {i}": [torch.tensor(float(run.metrics[i][name])) for run in (ours, theirs, truth)]
+            for i in range(len(truth.metrics))
+            for name in truth.metrics[i]
+        },
+        **{
+            f"gradients at step {i}": [
+                torch.cat([g.float().flatten() for g in run.gradients[i].values()]) for run in (ours, theirs, truth)
+            ]
+            for i in range(len(truth.gradients))
+        },
+    }
+    for name, (a, b, exact) in rows.items():
+        off, allowed = (a - exact).norm().item(), 2 * (b - exact).norm().item() + band * max(1, exact.norm().item())
+        assert off <= allowed, f"{name}: off by {off:.2e}, where TRL's own is off by {(b - exact).norm().item():.2e}"
 
 
 def _close(a, b, bound):
