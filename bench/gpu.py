@@ -32,6 +32,12 @@ FOUND = 99  # compute-sanitizer's status where it found something, instead of th
 SUITE = 3  # parts of the head's benchmark
 MODELS = {"qwen2.5-0.5b": 16, "llama-3.2-1b": 8}  # pairs of a whole step
 TOKENS = ["bench/test_gae.py", "bench/test_rewards.py", "bench/test_policy.py", "bench/test_listwise.py"]
+
+
+def _files(folder: str) -> list[Path]:
+    return sorted((ROOT / "tests" / folder).glob("test_*.py"))
+
+
 TESTS = {
     "kernels": ["gpu/test_kernels_gpu.py", "ops/test_rows.py", "ops/test_logprobs.py"],
     "head": ["gpu/test_head_gpu.py", "ops/test_linear_logprobs.py"],
@@ -44,8 +50,9 @@ TESTS = {
     "groups": [f"ops/test_{op}.py" for op in ("listwise_loss", "rank_statistics", "preference_means")]
     + ["gpu/test_listwise_gpu.py"],
     # Many tiny launches: a part for the losses alone, whose tests are most of all.
-    "losses": [f"losses/{path.name}" for path in sorted((ROOT / "tests/losses").glob("test_*.py"))]
-    + ["gpu/test_list_losses_gpu.py"],
+    "losses": [f"losses/{path.name}" for path in _files("losses")] + ["gpu/test_list_losses_gpu.py"],
+    "plugs": ["gpu/test_drop_in_gpu.py", "ops/test_low_rank.py"]
+    + [f"{path.parent.name}/{path.name}" for folder in ("hf", "nn", "trl") for path in _files(folder)],
     "rest": [],  # all other files
 }
 

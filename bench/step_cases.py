@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import importlib.util
 import json
 import tempfile
@@ -19,6 +21,7 @@ from prefcore.data import pack
 from prefcore.losses import dpo, preference_metrics
 
 BETA = 0.1
+TRL_OUTPUTS = ("entropy", "mean_logits", "is_top1")  # that DPOTrainer logs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +147,14 @@ class Prefcore:
 
 
 class TRL:
-    """DPOTrainer's collator and loss, its settings as they come but for what all providers share: see bench.step."""
+    """DPOTrainer's collator and loss, its settings as they come but for what all providers share: see bench.step.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        enabled: within prefcore.trl.enable().
+        packed: prefcore.trl.DPOTrainer instead of TRL's own.
+    """
+
+    def __init__(self, model: nn.Module, enabled: bool = False, packed: bool = False) -> None:
         for name in ("trl", "datasets"):
             if importlib.util.find_spec(name) is None:
                 raise LookupError(f"{name} is not installed")
@@ -155,6 +163,12 @@ class TRL:
         from transformers import PreTrainedTokenizerFast
         from trl import DPOConfig, DPOTrainer
 
+        import prefcore.trl
+
+        self._computed_by = prefcore.trl.enable if enabled else contextlib.nullcontext
+        self._with_prefcore = enabled or packed
+        self._tokens = 0
+        model.get_input_embeddings().register_forward_pre_hook(self._count)
         words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2, "b": 3}, unk_token="<pad>"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         self._weight = model.get_output_embeddings().weight
@@ -162,7 +176,7 @@ class TRL:
             tempfile.mkdtemp(prefix="bench-step-"), beta=BETA, precompute_ref_log_probs=True, max_length=None,
             bf16=False, gradient_checkpointing=False, use_cpu=not self._weight.is_cuda, report_to=[], disable_tqdm=True,
         )  # fmt: skip
-        self._trainer = DPOTrainer(
+        self._trainer = (prefcore.trl.DPOTrainer if packed else DPOTrainer)(
             model,
             args=settings,
             train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " a"}]),  # none is trained on
@@ -178,25 +192,34 @@ class TRL:
         return {name: x.to(self._weight.device) for name, x in self._trainer.data_collator(items).items()}
 
     def logps(self, batch: Any) -> Tensor:
-        return torch.stack(self._trainer.compute_ref_log_probs(self._trainer.model, batch), dim=1).flatten()
+        with self._computed_by():
+            return torch.stack(self._trainer.compute_ref_log_probs(self._trainer.model, batch), dim=1).flatten()
 
     def loss(self, batch: Any) -> Tensor:
-        return self._trainer.compute_loss(self._trainer.model, batch)
+        with self._computed_by():
+            return self._trainer.compute_loss(self._trainer.model, batch)
+
+    def _count(self, _: nn.Module, arguments: tuple[Tensor]) -> None:
+        self._tokens = arguments[0].numel()
 
     def tokens(self, batch: Any) -> int:
-        return batch["input_ids"].numel()
+        return self._tokens  # of the last forward pass
 
     def head(self, batch: Any) -> tuple[int, Callable[[], None]]:
+        used = batch["completion_mask"][:, 1:].bool()
+        # Without Triton TRL's own scores every position, and masks what is no response.
+        if not (self._weight.is_cuda or self._with_prefcore):
+            used = torch.ones_like(used)
+        targets = batch["input_ids"][:, 1:][used]
+        return targets.numel(), _head_step(functools.partial(self._logps, targets), self._weight, targets.numel())
+
+    def _logps(self, targets: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+        if self._with_prefcore:
+            return prefcore.linear_logprobs(hidden, weight, targets, outputs=TRL_OUTPUTS).logps
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
 
-        # Without Triton TRL scores every position, and masks what is no response.
-        used = batch["completion_mask"][:, 1:].bool()
-        used = used if self._weight.is_cuda else torch.ones_like(used)
-        targets = batch["input_ids"][:, 1:][used]
-        args = (None, targets, 1.0, CHUNK, None, 1.0, ("log_probs", "entropy", "mean_logits", "is_top1"))
-        logps = lambda hidden, weight: ChunkedLogProbFunction.apply(hidden, weight, *args)[0]
-        return targets.numel(), _head_step(logps, self._weight, targets.numel())
+        return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, CHUNK, None, 1.0, TRL_OUTPUTS)[0]
 
 
 def _head_step(logps: Callable[[Tensor, Tensor], Tensor], weight: Tensor, rows: int) -> Callable[[], None]:
@@ -214,6 +237,8 @@ PROVIDERS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     "share": ("prefcore, packed, prompts shared", lambda model: Prefcore(model, "share")),
     "pack": ("prefcore, packed", lambda model: Prefcore(model, "pack")),
     "off": ("prefcore, padded", lambda model: Prefcore(model, "off")),
+    "trl-packed": ("prefcore.trl.DPOTrainer", lambda model: TRL(model, packed=True)),
+    "trl-enabled": ("TRL, prefcore.trl.enable()", lambda model: TRL(model, enabled=True)),
     "trl": ("TRL", TRL),
 }
 
