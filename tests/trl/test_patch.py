@@ -5,6 +5,7 @@ Values and gradients are held to a float64 oracle, no worse than TRL's own code 
 
 import gc
 import importlib.util
+import inspect
 import math
 import sys
 import threading
@@ -45,6 +46,17 @@ USERS = (
     "trl.experimental.sdft.loss_utils",
     "trl.experimental.sdpo.loss_utils",
 )
+EXPERIMENTAL = [
+    (name, getattr(importlib.import_module(name), owner) if owner else importlib.import_module(name), function)
+    for name, owner, function in (
+        ("trl.experimental.gkd.gkd_trainer", "GKDTrainer", "generalized_jsd_loss"),
+        ("trl.experimental.gold.gold_trainer", "GOLDTrainer", "generalized_jsd_loss"),
+        ("trl.experimental.iw_opd.iw_opd_trainer", "IWOPDTrainer", "generalized_jsd_loss"),
+        ("trl.experimental.sdft.loss_utils", "", "compute_full_logit_self_distillation_loss"),
+        ("trl.experimental.sdpo.loss_utils", "", "compute_full_logit_self_distillation_loss"),
+    )
+]
+OWN_DIVERGENCES = {name: vars(owner)[function] for name, owner, function in EXPERIMENTAL}
 V = 37  # no multiple of a tile, of prefcore's or of TRL's below
 
 
@@ -91,10 +103,13 @@ def test_every_module_holds_ours_while_enabled_and_its_own_after():
         values = {id(during[key]): during[key] for key in holders[name]}
         assert len(values) == 1, f"{name} was replaced by several"
         (ours,) = values.values()
-        assert ours.__module__ == "prefcore.trl._patch"
+        assert ours.__module__ == "prefcore.trl._functions"
         assert not [key for key, value in during.items() if value is own]
     changed = {key for key in before if during[key] is not before[key]}
-    assert changed == {key for keys in holders.values() for key in keys} | {("trl.trainer.utils", "_use_triton")}
+    alone = ("trl.trainer.utils", "_use_triton")
+    apart = {key for key in before if key[1] == "compute_full_logit_self_distillation_loss"}
+    assert len(apart) == 4
+    assert changed == {key for keys in holders.values() for key in keys} | {alone} | apart
     assert same(before, held())
 
 
@@ -155,7 +170,7 @@ def test_threads_that_enable_and_disable_leave_nothing_behind():
     before = held()
 
     def work():
-        for _ in range(20):
+        for _ in range(5):
             with prefcore.trl.enable():
                 pass
 
@@ -165,6 +180,44 @@ def test_threads_that_enable_and_disable_leave_nothing_behind():
     for thread in threads:
         thread.join()
     assert same(before, held())
+
+
+def test_divergences_of_experimental_trainers_are_replaced_and_restored(enabled):
+    for module, owner, name in EXPERIMENTAL:
+        own = OWN_DIVERGENCES[module]
+        ours = vars(owner)[name]
+        assert ours is not own
+        assert inspect.signature(getattr(owner, name)) == inspect.signature(getattr(own, "__func__", own))
+        assert isinstance(ours, staticmethod) == isinstance(own, staticmethod)
+    prefcore.trl.disable()
+    assert all(vars(owner)[name] is OWN_DIVERGENCES[module] for module, owner, name in EXPERIMENTAL)
+
+
+@pytest.mark.parametrize("name", ["trl.experimental.gkd.gkd_trainer", "trl.experimental.sdft.loss_utils"])
+def test_an_experimental_trainer_imported_while_enabled_gets_ours_and_is_restored(monkeypatch, name):
+    package, _, module = name.rpartition(".")
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys.modules[package], module, None)  # which the import will set
+    finders = list(sys.meta_path)
+    with prefcore.trl.enable():
+        again = importlib.import_module(name)
+        owner = getattr(again, "GKDTrainer", again)
+        function = "generalized_jsd_loss" if owner is not again else "compute_full_logit_self_distillation_loss"
+        assert getattr(owner, function).__wrapped__.__module__ == name
+    assert not hasattr(getattr(owner, function), "__wrapped__")
+    assert sys.meta_path == finders
+
+
+def test_an_experimental_function_that_has_changed_is_left_and_told(monkeypatch):
+    from trl.experimental.gkd import GKDTrainer
+
+    monkeypatch.setattr(GKDTrainer, "generalized_jsd_loss", staticmethod(lambda student, teacher: 0))
+    changed = GKDTrainer.generalized_jsd_loss
+    with pytest.warns(RuntimeWarning, match=r"GKDTrainer\.generalized_jsd_loss\(.*\(student, teacher\); it stays TRL"):
+        prefcore.trl.enable()
+    assert GKDTrainer.generalized_jsd_loss is changed
+    prefcore.trl.disable()
+    assert GKDTrainer.generalized_jsd_loss is changed
 
 
 # Refusals
@@ -697,3 +750,108 @@ def test_the_kernels_twin_takes_what_trls_takes_and_runs_on_a_cpu(enabled):
     expected = OWN["selective_log_softmax_and_entropy"](logits, index, temperature=0.7, row_mask=mask)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
     assert sys.modules["trl.kernels"].selective_log_softmax_and_entropy is utils._fused_logprob_entropy
+
+
+# Divergences of whole logits in the experimental trainers
+
+REDUCED = {
+    "the default": {},
+    "a sum": {"reduction": "sum"},
+    "a mean": {"reduction": "mean", "beta": 0},
+    "a count": {"num_items_in_batch": 7, "beta": 1},
+    "a count on a device, of what is not reduced": {"num_items_in_batch": torch.tensor(7), "reduction": "none"},
+    "a temperature": {"temperature": 0.6, "beta": 0.2},
+    "bf16": {"dtype": torch.bfloat16, "beta": 0.9},
+    "logits of 1e3": {"spread": 1e3, "beta": 1.0},
+}
+
+
+@pytest.mark.parametrize("labelled", ["no labels", "labels", "no label left"])
+@pytest.mark.parametrize("case", REDUCED)
+@pytest.mark.parametrize("module", list(OWN_DIVERGENCES)[:3])
+def test_a_generalised_jsd_equals_trls(module, case, labelled, monkeypatch):
+    options = {"dtype": torch.float32, "spread": 1.0, **REDUCED[case]}
+    dtype, spread = options.pop("dtype"), options.pop("spread")
+    teacher, (student,) = logits_of(dtype, spread=spread, seed=1), leaves(logits_of(dtype, spread=spread))
+    if labelled != "no labels":
+        labels = torch.randint(V, (3, 5), generator=torch.Generator().manual_seed(2))
+        options["labels"] = labels.masked_fill((labels % 3 == 0) | (labelled == "no label left"), -100)
+    rows = torch.ones(3, 5, dtype=bool) if labelled == "no labels" else options["labels"] != -100
+
+    def oracle(student, teacher):
+        t = options.get("temperature", 1.0)
+        s, q = ((x / t)[rows].log_softmax(-1) for x in (student, teacher))
+        kl, beta = (lambda a, b: (a.exp() * (a - b)).sum()), options.get("beta", 0.5)
+        if beta in (0, 1):
+            total = kl(q, s) if beta == 0 else kl(s, q)
+        else:
+            m = torch.logaddexp(s + math.log(1 - beta), q + math.log(beta))
+            total = beta * kl(q, m) + (1 - beta) * kl(s, m)
+        if "num_items_in_batch" in options:
+            return total / options["num_items_in_batch"]
+        by = {"sum": 1, "mean": rows.sum() * V, None: 3 if labelled == "no labels" else rows.sum().clamp_min(1)}
+        return total / by[options.get("reduction")]
+
+    def with_gradient(function, student, teacher):
+        (leaf,) = leaves(student)
+        value = function(leaf, teacher)
+        value.backward()
+        return value, leaf.grad
+
+    (_, owner, name), called = next(row for row in EXPERIMENTAL if row[0] == module), []
+    by = lambda student, teacher: getattr(owner, name)(student, teacher, **options)
+    theirs = with_gradient(by, student, teacher)
+    divergence = prefcore.divergence
+    monkeypatch.setattr(prefcore, "divergence", lambda *a, **k: called.append(1) or divergence(*a, **k))
+    with prefcore.trl.enable():
+        ours = with_gradient(by, student, teacher)
+    assert called == [1]
+    truth = with_gradient(oracle, student.double(), teacher.double())
+    for what, a, b, t in zip(("value", "gradient"), ours, theirs, truth, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        if torch.isnan(b).any():  # a mean of nothing
+            assert torch.equal(torch.isnan(a), torch.isnan(b))
+        else:
+            assert_no_worse_than(a, b, t, what)
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (0, {"reduction": "none"}),
+        (0, {"reduction": "none", "labels": True}),
+        (1, {"logits_are_probs": True}),
+        (2, {"top_k": 4, "beta": 0}),
+        (2, {"top_k": 4, "add_tail": False, "beta": 1}),
+    ],
+)
+def test_what_is_no_divergence_of_whole_softmaxes_stays_trls(module, options, monkeypatch):
+    _, owner, name = EXPERIMENTAL[module]
+    options = {**options, **({"labels": torch.zeros(3, 5, dtype=torch.long)} if "labels" in options else {})}
+    student, teacher = (logits_of(seed=seed).softmax(-1) for seed in (0, 1))
+    theirs = getattr(owner, name)(student, teacher, **options)
+    monkeypatch.setattr(prefcore, "divergence", None)
+    with prefcore.trl.enable():
+        assert torch.equal(getattr(owner, name)(student, teacher, **options), theirs)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("module", [3, 4])
+def test_a_self_distillation_loss_of_whole_logits_equals_trls(module, dtype, alpha):
+    _, owner, name = EXPERIMENTAL[module]
+    upstream = torch.randn(3, 5, generator=torch.Generator().manual_seed(3))
+
+    def by(computed):
+        student, teacher = (logits_of(dtype, seed=seed).to(computed) for seed in (0, 1))
+        (student,) = leaves(student)
+        value = getattr(owner, name)(student, teacher, distillation_alpha=alpha)
+        (value * upstream.to(computed)).sum().backward()
+        return value, student.grad
+
+    theirs, truth = by(dtype), by(torch.float64)
+    with prefcore.trl.enable():
+        ours = by(dtype)
+    for what, a, b, t in zip(("value", "gradient"), ours, theirs, truth, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert_no_worse_than(a, b, t, what)
