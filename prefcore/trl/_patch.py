@@ -227,8 +227,8 @@ def enable(*, memory_budget: int | None = None) -> AbstractContextManager:
 
     Example:
         >>> import prefcore.trl
-        >>> with prefcore.trl.enable():  # doctest: +SKIP
-        ...     trl.DPOTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer).train()
+        >>> prefcore.trl.enabled()
+        False
     """
     global _enabled
     check_memory_budget(memory_budget)

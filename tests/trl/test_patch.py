@@ -379,6 +379,13 @@ def test_the_fused_head_equals_trls(case, entropy_grad, enabled):
         assert_no_worse_than(a, b, t, f"gradient of {name}")
 
 
+def test_under_autocast_a_head_of_another_type_goes_to_autocasts_at_once(enabled):
+    hidden, weight, bias, targets = draw()
+    with torch.autocast("cpu", torch.bfloat16):  # float16, the type of the states, does not hold this bias
+        values = utils._ChunkedLogProbFunction.apply(hidden.half(), weight, bias + 1e5, targets, 1.0, 16)
+    assert all(torch.isfinite(x).all() for x in values)
+
+
 @pytest.mark.parametrize("wanted", [(), ("log_probs",), ("log_probs", "is_top1", "mean_logits"), ("entropy",)])
 def test_outputs_not_asked_for_are_none(wanted, enabled):
     hidden, weight, bias, targets = draw()
