@@ -198,6 +198,39 @@ def conversations(count=8, turns=2):
     return _dataset(messages=[[{"role": role, "content": next(said)} for role in roles] for _ in range(count)])
 
 
+def _responses(call, rows, room, shortest=1):
+    """``[rows, room]`` right-padded tokens that end, and their lengths; more than ``room`` means cut before the end."""
+    generator = torch.Generator().manual_seed(1000 + call)
+    words = torch.randint(len(SPECIAL), VOCABULARY, (rows, room), generator=generator)
+    lengths = torch.randint(shortest, room + 2, (rows,), generator=generator)
+    places = torch.arange(room)
+    words = words.masked_fill(places == (lengths - 1)[:, None], 1).masked_fill(places >= lengths[:, None], 0)
+    return words, lengths
+
+
+class StubbedVLLM:
+    """Stands for TRL's ``VLLMGeneration``: the tokens of :func:`stub_generation`, with log-probabilities at random.
+
+    One of them is NaN, as vLLM's are where it could not score a token.
+    """
+
+    def __init__(self, max_completion_length=8, **_):
+        self.room, self.calls = max_completion_length, itertools.count()
+
+    def sync_weights(self):
+        pass
+
+    def generate(self, prompts, num_generations=1, **_):
+        call = next(self.calls)
+        words, lengths = _responses(call, len(prompts), self.room)
+        kept = [row[:length].tolist() for row, length in zip(words, lengths.tolist(), strict=True)]
+        generator = torch.Generator().manual_seed(call)
+        noise = torch.rand(words.shape, generator=generator)
+        noise[0, 0] = float("nan")
+        scores = [[[-3.5 - x] for x in row[: len(ids)].tolist()] for row, ids in zip(noise, kept, strict=True)]
+        return prompts, kept, scores, None
+
+
 def stub_generation(*models, longest=8, shortest=1):
     """Replaces ``generate`` of each model: responses of ``shortest`` to ``longest`` tokens, some without their end.
 
@@ -207,14 +240,10 @@ def stub_generation(*models, longest=8, shortest=1):
     calls = itertools.count()
 
     def generate(input_ids=None, attention_mask=None, generation_config=None, return_dict_in_generate=False, **_):
-        generator = torch.Generator().manual_seed(1000 + next(calls))
         rows = input_ids.shape[0] * (getattr(generation_config, "num_return_sequences", None) or 1)
         input_ids = input_ids.repeat_interleave(rows // input_ids.shape[0], 0)
         room = min(longest, getattr(generation_config, "max_new_tokens", None) or longest)
-        words = torch.randint(len(SPECIAL), VOCABULARY, (rows, room), generator=generator)
-        lengths = torch.randint(shortest, room + 2, (rows,), generator=generator)  # room or more: no end
-        places = torch.arange(room)
-        words = words.masked_fill(places == (lengths - 1)[:, None], 1).masked_fill(places >= lengths[:, None], 0)
+        words, lengths = _responses(next(calls), rows, room, shortest)
         sequences = torch.cat([input_ids, words[:, : max(1, min(room, lengths.max().item()))]], 1)
         if return_dict_in_generate or getattr(generation_config, "return_dict_in_generate", False):
             return transformers.generation.GenerateDecoderOnlyOutput(sequences=sequences)
@@ -364,29 +393,31 @@ def assert_same(ours, theirs, *, tokens=64, dtype=torch.float32, trivial=False):
             assert off <= bound * largest, f"gradient of {name} at step {i}: off by {off / largest:.1e} of the largest"
 
 
-def assert_no_worse(ours, theirs, truth, *, tokens=64, dtype=torch.bfloat16):
-    """In a 16-bit type: what is compared by :func:`assert_same` is as near to float32's run as TRL's own is.
+def assert_no_worse(ours, theirs, truth, *, dtype=torch.bfloat16, logit=8.0):
+    """In a 16-bit type: losses, metrics and gradients are as near to those of float32 as TRL's own are.
 
-    At most twice TRL's distance from it, by the largest of the run, and one rounding of ``dtype`` beside.
+    A step's gradients, together one vector, may be off by twice TRL's error and one rounding. A loss or a metric is a
+    single number, of which TRL's error may be 0 by chance; it may also be off by the rounding of the largest ``logit``.
     """
-    band = torch.finfo(dtype).eps
-    rows = {
-        "losses": [torch.tensor(run.losses) for run in (ours, theirs, truth)],
-        **{
-            f"{name} at step {i}": [torch.tensor(float(run.metrics[i][name])) for run in (ours, theirs, truth)]
-            for i in range(len(truth.metrics))
-            for name in truth.metrics[i]
-        },
-        **{
-            f"gradients at step {i}": [
-                torch.cat([g.float().flatten() for g in run.gradients[i].values()]) for run in (ours, theirs, truth)
-            ]
-            for i in range(len(truth.gradients))
-        },
-    }
-    for name, (a, b, exact) in rows.items():
-        off, allowed = (a - exact).norm().item(), 2 * (b - exact).norm().item() + band * max(1, exact.norm().item())
-        assert off <= allowed, f"{name}: off by {off:.2e}, where TRL's own is off by {(b - exact).norm().item():.2e}"
+    eps = torch.finfo(dtype).eps
+
+    def hold(name, values, band):
+        a, b, exact = values
+        off, own = (a - exact).norm().item(), (b - exact).norm().item()
+        allowed = 2 * own + eps * max(band, exact.norm().item())
+        assert off <= allowed, f"{name}: off by {off:.2e}, where TRL's own is off by {own:.2e}"
+
+    runs = (ours, theirs, truth)
+    assert len({len(run.losses) for run in runs}) == len({len(run.gradients) for run in runs}) == 1
+    for i in range(len(truth.losses)):
+        hold(f"loss of forward {i}", [torch.tensor(run.losses[i]) for run in runs], logit)
+    for i, metrics in enumerate(truth.metrics):
+        for name in metrics:
+            hold(f"{name} at step {i}", [torch.tensor(float(run.metrics[i][name])) for run in runs], logit)
+    for i, gradients in enumerate(truth.gradients):
+        vectors = [torch.cat([run.gradients[i][name].float().flatten() for name in gradients]) for run in runs]
+        assert vectors[-1].norm() > 0
+        hold(f"gradients at step {i}", vectors, 0.0)
 
 
 def _close(a, b, bound):
