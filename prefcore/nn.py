@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
 
 from prefcore import losses
 from prefcore._types import LinearLoss, Tile, TokenStats
@@ -135,6 +135,11 @@ def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     means = (hidden.mean(1, dtype=dtype) * weight.mean(0, dtype=dtype)).sum(1)
     return means if bias is None else means + bias.mean(dtype=dtype)
+
+
+def _of_type(hidden: Any, *head: Any) -> list[Any]:
+    """A head in the type of the hidden states; what is no tensor is left for the op to refuse."""
+    return [x.to(hidden.dtype) if isinstance(x, Tensor) and isinstance(hidden, Tensor) else x for x in head]
 
 
 class _Loss(nn.Module):
@@ -498,7 +503,7 @@ class LinearKTOLoss(_Loss):
         ref_input: Tensor | None = None,
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
-        kl: Tensor | None = None,
+        kl: Tensor | float | None = None,
     ) -> tuple[Tensor, Metrics]:
         """The loss, and detached metrics.
 
@@ -509,14 +514,12 @@ class LinearKTOLoss(_Loss):
             bias: ``[V]``.
             preference_labels: ``[N]`` bool, which responses are desirable.
             ref_input, ref_weight, ref_bias: of the reference, without gradient, for ``use_ref_model=True`` alone.
-            kl: one number as a tensor, without gradient.
+            kl: a number, alone or as a tensor, or ``[N]``, one of each sequence; without gradient. (Liger takes ``[N]``
+                so only where ``chunk_size`` is N; with smaller chunks it pairs each sequence with all numbers.)
 
         Returns:
             The loss, 0-dim; and sums over desirable, then undesirable sequences, 0-dim each: of log-probs, of all
             logits (L·V each sequence), of rewards ``beta * (logps - ref_logps)``.
-
-        Raises:
-            NotImplementedError: ``kl`` of more than one number.
         """
         _check_batch(_input, target)
         if preference_labels is None:
@@ -527,10 +530,11 @@ class LinearKTOLoss(_Loss):
                 f"expected preference_labels [{len(target)}] bool, got {list(preference_labels.shape)} "
                 f"{preference_labels.dtype}"
             )
-        if kl is not None:
+        if isinstance(kl, Tensor):
             check_tensor("kl", kl)
-            if kl.numel() != 1:
-                raise NotImplementedError(f"kl of more than one number, got {list(kl.shape)}")
+            if kl.numel() != 1 and kl.shape != target.shape[:1]:
+                raise ValueError(f"expected kl of one number or [{len(target)}], got {list(kl.shape)}")
+            kl = kl.detach().flatten().to(torch.promote_types(_input.dtype, torch.float32))
         order = torch.arange(len(target), device=target.device)
         batch = _Responses.find(target, order, self.ignore_index, self.average_log_prob)
         if self.use_ref_model:
@@ -539,7 +543,7 @@ class LinearKTOLoss(_Loss):
             dtype = torch.promote_types(_input.dtype, torch.float32)
             ref_logps = torch.zeros(len(target), dtype=dtype, device=target.device)
         # σ(∓beta·(logps - ref_logps - kl)) is apo_zero_unpaired's of a reference so much higher.
-        anchor = ref_logps if kl is None else ref_logps + kl.detach().view(())
+        anchor = ref_logps if kl is None else ref_logps + kl
 
         def loss_fn(stats: TokenStats, tile: Tile) -> Tensor:
             logps = batch.logps(stats.logps, tile)
@@ -618,42 +622,50 @@ class LinearJSDLoss(_Loss):
         """The loss; with ``return_soft_hard_loss`` also its two terms before the weights, detached.
 
         Args:
-            student_input: ``[T, D]``, float32, float64, bfloat16 or float16.
+            student_input: ``[T, D]`` or ``[N, L, D]``, float32, float64, bfloat16 or float16.
             student_weight: ``[V, D]``, of its type.
-            teacher_input, teacher_weight: ``[T, E]`` and ``[V, E]``, without gradient; E may differ from D.
-            true_labels: ``[T]`` int64.
+            teacher_input, teacher_weight: ``[T, E]`` (or ``[N, L, E]``) and ``[V, E]``, of one type, without gradient.
+                E may differ from D, and the type from the student's, where the narrower is copied to the wider. With
+                more tokens than the student's, padding, the divergence is that of Liger: there the student's logits
+                are 0, which costs a copy of its head.
+            true_labels: ``[T]`` or ``[N, L]`` int64.
             student_bias, teacher_bias: ``[V]``.
-
-        Raises:
-            NotImplementedError: vocabularies of different sizes.
         """
+        for name, value in (
+            ("student_weight", student_weight),
+            ("teacher_weight", teacher_weight),
+            ("true_labels", true_labels),
+        ):
+            check_tensor(name, value)
         for name, value in (("student_input", student_input), ("teacher_input", teacher_input)):
             check_tensor(name, value)
-            if value.ndim != 2:
-                raise ValueError(f"expected {name} [T, D], got {tuple(value.shape)}")
-        for name, value in (("student_weight", student_weight), ("teacher_weight", teacher_weight)):
-            check_tensor(name, value)
-        if student_weight.shape[0] != teacher_weight.shape[0]:
-            raise NotImplementedError(
-                f"vocabularies of different sizes, {student_weight.shape[0]} and {teacher_weight.shape[0]}"
-            )
-        check_tensor("true_labels", true_labels)
-        if true_labels.shape != student_input.shape[:1] or len(teacher_input) != len(student_input):
+            if value.ndim not in (2, 3) or value.shape[:-1] != true_labels.shape:
+                raise ValueError(f"expected {name} {[*true_labels.shape, 'D']} as the labels, got {list(value.shape)}")
+        padding = teacher_weight.shape[0] - student_weight.shape[0]
+        if padding < 0:
             raise ValueError(
-                f"expected as many labels and rows of the teacher as of the student, {len(student_input)}, got "
-                f"{list(true_labels.shape)} and {len(teacher_input)}"
+                f"expected a teacher of at least the student's {student_weight.shape[0]} tokens, got "
+                f"{teacher_weight.shape[0]}"
             )
+        student_input, teacher_input = student_input.flatten(0, -2), teacher_input.flatten(0, -2)
+        true_labels = true_labels.flatten()
         valid = true_labels != self.ignore_index
         rows, labels = valid.nonzero().squeeze(1).to(torch.int32), true_labels[valid]
-        student = gather_rows(student_input, rows)
+        student, teacher = gather_rows(student_input, rows), gather_rows(teacher_input.detach(), rows)
         hard = self.weight_hard_loss != 0 or self.return_soft_hard_loss
-        shared = hard and self.temperature == 1
+        shared = hard and self.temperature == 1 and not padding
         kind: Kind = "kl_qp" if self.beta == 0 else "kl_pq" if self.beta == 1 else "js"
         share = 1 - self.beta if kind == "js" else None  # of p, the student
+        p: list[Any] = [student, student_weight, student_bias]
+        q: list[Any] = [x if x is None else x.detach() for x in (teacher, teacher_weight, teacher_bias)]
+        if student.dtype != teacher.dtype:
+            dtype = torch.promote_types(student.dtype, teacher.dtype)
+            p, q = ([x if x is None else x.to(dtype) for x in side] for side in (p, q))
+        if padding:
+            p[1:] = [x if x is None else pad(x, (0, 0) * (x.ndim - 1) + (0, padding)) for x in p[1:]]
         pair = linear_divergence(
-            student, student_weight, gather_rows(teacher_input.detach(), rows), teacher_weight.detach(),
-            labels if shared else None, kind=kind, beta=share, bias=student_bias,
-            other_bias=None if teacher_bias is None else teacher_bias.detach(), temperature=self.temperature,
+            p[0], p[1], q[0], q[1], labels if shared else None, kind=kind, beta=share, bias=p[2], other_bias=q[2],
+            temperature=self.temperature,
         )  # fmt: skip
         count = max(len(labels), 1)
         soft_loss = pair.divergence.sum() / count
@@ -670,7 +682,6 @@ class LinearJSDLoss(_Loss):
 
 _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 _GRPO = (*_CLIPPED, "cispo", "sapo", "vespo")
-# Log-ratios are held here, the most that policy_terms allows: e^80 is finite in float32.
 _CLAMP = 80.0
 
 
@@ -678,7 +689,8 @@ class LinearGRPOLoss(_Loss):
     """GRPO and its kin of hidden states and a head, called as ``LigerFusedLinearGRPOLoss``: ``_input`` first.
 
     Equal to the losses of :mod:`prefcore.losses` of that name (:func:`~prefcore.losses.gspo`'s ratios with
-    ``importance_sampling_level="sequence"``) of the tokens that the mask keeps, aggregated as ``loss_type`` has it:
+    ``importance_sampling_level="sequence"``) of the tokens that the mask keeps, aggregated as ``loss_type`` has it.
+    Log-ratios are held at ±80, beyond which they have no gradient; Liger's exponentials overflow at 89.
 
     | loss_type | |
     | --- | --- |
@@ -699,14 +711,13 @@ class LinearGRPOLoss(_Loss):
         importance_sampling_level: ``token``, or ``sequence`` for the types that clip, but ``cispo``.
         sapo_temperature_pos, sapo_temperature_neg: of ``sapo`` alone, positive.
         temperature: of the logits, the reference's too.
-        delta: bound of the ratio where advantages are negative, for the types that clip, but ``cispo``.
-        use_bias_correction_kl: the KL term times the ratio.
+        delta: bound of the ratio before the clip, at least 1, for the types that clip, but ``cispo``.
+        use_bias_correction_kl: the KL term times the ratio, the sequence's where ratios are theirs.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: of ``vespo`` alone.
 
     Raises:
         ValueError: another ``loss_type`` or level, the two not going together, or a number out of range.
-        NotImplementedError: ``delta`` below 1 + epsilon_high; ``delta`` or ``use_bias_correction_kl`` with ratios of
-            sequences; ``luspo`` with ratios of tokens (in Liger a mean over padding too).
+        NotImplementedError: ``delta`` below 1; ``luspo`` with ratios of tokens (in Liger a mean over padding too).
     """
 
     def __init__(
@@ -745,12 +756,10 @@ class LinearGRPOLoss(_Loss):
         if importance_sampling_level == "sequence":
             if not clipped:
                 raise ValueError(f"importance_sampling_level='sequence' does not go with loss_type={loss_type!r}")
-            if delta is not None or use_bias_correction_kl:
-                raise NotImplementedError("delta and use_bias_correction_kl with importance_sampling_level='sequence'")
         elif loss_type == "luspo":
             raise NotImplementedError("loss_type='luspo' with importance_sampling_level='token'")
-        if delta is not None and clipped and delta < 1 + epsilon_high:
-            raise NotImplementedError(f"delta below 1 + epsilon_high, got {delta} and {epsilon_high}")
+        if delta is not None and clipped and delta < 1:
+            raise NotImplementedError(f"delta below 1, got {delta}")
         self.beta = beta
         self.compiled = compiled
         self.use_ref_model = use_ref_model
@@ -790,13 +799,13 @@ class LinearGRPOLoss(_Loss):
 
         Args:
             _input: ``[N, L, D]``, float32, float64, bfloat16 or float16.
-            lin_weight: ``[V, D]``, of its type.
+            lin_weight: ``[V, D]``; of another type than ``_input`` it is copied to that.
             selected_token_ids: ``[N, L]`` int64, the token that each row predicts.
             attention_mask: ``[N, L]``, zero where a token does not count; another value counts as 1.
             advantages: ``[N]``.
             bias: ``[V]``.
             ref_per_token_logps: ``[N, L]`` under the reference; without them they are made of ``ref_input``
-                ``[N, L, E]``, ``ref_weight`` ``[V, E]`` and ``ref_bias`` ``[V]``.
+                ``[N, L, E]``, ``ref_weight`` ``[V, E]`` and ``ref_bias`` ``[V]``, types as of the policy's.
             old_per_token_logps: ``[N, L]`` under the policy that sampled; None for the policy itself.
             vllm_is_ratio: ``[N]``, ``[N, 1]`` or ``[N, L]``, factors of the loss before the KL term; of ``vespo``
                 factors of the sequence's ratio, those of masked tokens left out.
@@ -811,6 +820,7 @@ class LinearGRPOLoss(_Loss):
             NotImplementedError: ``luspo`` with a KL term, which in Liger is a mean over padding too.
         """
         _check_batch(_input, selected_token_ids)
+        weight, bias = _of_type(_input, lin_weight, bias)
         n, width = selected_token_ids.shape
         for name, given in (
             ("attention_mask", attention_mask),
@@ -828,7 +838,9 @@ class LinearGRPOLoss(_Loss):
         batch = _Responses.find(selected_token_ids.where(mask, -100), order, -100, average=False)
         tokens = batch.cu_seqlens[-1]
         ref = self._reference(batch, mask, ref_per_token_logps, ref_input, ref_weight, ref_bias)
-        old = None if old_per_token_logps is None else old_per_token_logps.detach()[mask]
+        wide = torch.promote_types(_input.dtype, torch.float32)
+        old = None if old_per_token_logps is None else old_per_token_logps.detach()[mask].to(wide)
+        ref = None if ref is None else ref.to(wide)
         is_ratio = None if vllm_is_ratio is None else self._is_ratio(vllm_is_ratio.detach(), mask)
         advantages = advantages.detach()
         means = self.loss_type in ("grpo", "sapo")
@@ -837,17 +849,19 @@ class LinearGRPOLoss(_Loss):
             at = tile.tokens
             old_logps, ref_logps = (None if x is None else x[at] for x in (old, ref))
             if self.importance_sampling_level == "sequence":
-                ratios = None if is_ratio is None else is_ratio[tile.sequences]
-                values = losses.gspo(
-                    stats.logps, old_logps, advantages[tile.sequences], tile.cu_seqlens, eps=self.epsilon_low,
-                    eps_high=self.epsilon_high, weights=ratios, clamp=_CLAMP,
-                ).losses  # fmt: skip
-                if not means:
-                    values = values * tile.cu_seqlens.diff()
+                before = stats.logps.detach() if old_logps is None else old_logps
+                log_ratios = sequence_reduce(stats.logps - before, tile.cu_seqlens, "mean")
+                terms = {} if is_ratio is None else {"weights": is_ratio[tile.sequences]}
+                values = self._clipped(log_ratios, torch.zeros_like(log_ratios), advantages[tile.sequences], **terms)
+                lengths = tile.cu_seqlens.diff()
+                values = values * (lengths.clamp(max=1) if means else lengths)
                 if ref_logps is None:
                     return values
                 kl = self.beta * losses.kl_loss(stats.logps, ref_logps, clamp=_CLAMP)
-                return values + sequence_reduce(kl, tile.cu_seqlens, "mean" if means else "sum")
+                kl = sequence_reduce(kl, tile.cu_seqlens, "mean" if means else "sum")
+                if self.use_bias_correction_kl:
+                    kl = kl * log_ratios.clamp(-_CLAMP, _CLAMP).exp()
+                return values + kl
             per_token = self._token_losses(
                 stats.logps, old_logps, advantages[tile.sequences], tile.cu_seqlens, ref_logps,
                 None if is_ratio is None else is_ratio[at],
@@ -855,7 +869,7 @@ class LinearGRPOLoss(_Loss):
             return sequence_reduce(per_token, tile.cu_seqlens, "mean" if means else "sum")
 
         out = linear_loss(
-            batch.hidden(_input), lin_weight, batch.targets, batch.host_seqlens, loss_fn, bias=bias,
+            batch.hidden(_input), weight, batch.targets, batch.host_seqlens, loss_fn, bias=bias,
             temperature=self.temperature, normalizer=self._normalizer(n, tokens, num_items_in_batch),
         )  # fmt: skip
         return out.loss, self._metrics(out.stats.logps, old, ref, advantages, batch.cu_seqlens)
@@ -880,6 +894,7 @@ class LinearGRPOLoss(_Loss):
             raise NotImplementedError("loss_type='luspo' with a KL term; beta=0 leaves it out")
         if logps is not None:
             return logps.detach()[mask]
+        weight, bias = _of_type(hidden, weight, bias)
         return batch.reference(hidden, weight, bias, mask, self.temperature)
 
     def _is_ratio(self, ratio: Tensor, mask: Tensor) -> Tensor:
@@ -907,29 +922,31 @@ class LinearGRPOLoss(_Loss):
         ref_logps: Tensor | None,
         is_ratio: Tensor | None,
     ) -> Tensor:
-        terms: dict[str, Any] = {"cu_seqlens": cu_seqlens, "clamp": _CLAMP}
+        terms: dict[str, Any] = {"cu_seqlens": cu_seqlens}
         if ref_logps is not None:
             kl = "k3_corrected" if self.use_bias_correction_kl else "k3"
             terms |= {"ref_logps": ref_logps, "beta": self.beta, "kl": kl}
         if is_ratio is not None:
             terms["rollout_weights" if self.loss_type == "vespo" else "weights"] = is_ratio
+        if self.loss_type in _CLIPPED:
+            return self._clipped(logps, old_logps, advantages, **terms)
+        terms["clamp"] = _CLAMP
         if self.loss_type == "cispo":
             return losses.cispo(logps, old_logps, advantages, high=self.epsilon_high, **terms).losses
         if self.loss_type == "sapo":
             terms |= {"tau_pos": self.sapo_temperature_pos, "tau_neg": self.sapo_temperature_neg}
             return losses.sapo(logps, old_logps, advantages, **terms).losses
-        if self.loss_type == "vespo":
-            terms |= {"k_pos": self.vespo_k_pos, "lam_pos": self.vespo_lambda_pos}
-            terms |= {"k_neg": self.vespo_k_neg, "lam_neg": self.vespo_lambda_neg}
-            return losses.vespo(logps, old_logps, advantages, **terms).losses
+        terms |= {"k_pos": self.vespo_k_pos, "lam_pos": self.vespo_lambda_pos}
+        terms |= {"k_neg": self.vespo_k_neg, "lam_neg": self.vespo_lambda_neg}
+        return losses.vespo(logps, old_logps, advantages, **terms).losses
+
+    def _clipped(self, logps: Tensor, old_logps: Tensor | None, advantages: Tensor, **terms: Any) -> Tensor:
+        high, delta = self.epsilon_high, self.delta
+        if delta is not None and delta < 1 + high:
+            # Then delta is what holds a positive advantage's ratio, the clip a negative one's.
+            high, delta = delta - 1, 1 + high
         return losses.grpo(
-            logps,
-            old_logps,
-            advantages,
-            eps=self.epsilon_low,
-            eps_high=self.epsilon_high,
-            dual_clip=self.delta,
-            **terms,
+            logps, old_logps, advantages, eps=self.epsilon_low, eps_high=high, dual_clip=delta, clamp=_CLAMP, **terms
         ).losses
 
     def _normalizer(self, n: int, tokens: Tensor, num_items: float | Tensor | None) -> float | Tensor:

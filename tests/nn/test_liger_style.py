@@ -191,15 +191,16 @@ def test_orpo_with_targets_of_the_nll_is_that_of_liger(nll, other):
 
 
 @needs_liger
-@pytest.mark.parametrize("kl", [None, 0.8, -0.5])
+@pytest.mark.parametrize("kl", [None, 0.8, torch.tensor([-0.5]), torch.linspace(-1, 1, 2 * len(HOSTILE))])
 @pytest.mark.parametrize(("responses", "mean"), [(HOSTILE, False), (FILLED, True)])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("reference", [False, True])
 def test_kto_is_that_of_liger(reference, bias, responses, mean, kl):
     batch = Batch(responses, bias)
-    settings = {"beta": BETA, "use_ref_model": reference, "average_log_prob": mean}
+    # In one chunk: in smaller ones Liger pairs each sequence with the kl of all.
+    settings = {"beta": BETA, "use_ref_model": reference, "average_log_prob": mean, "chunk_size": len(batch.target)}
     given = (batch.hidden, batch.weight, batch.target, batch.bias, batch.desirable)
-    more = {"kl": None if kl is None else torch.tensor(kl), **(batch.reference if reference else {})}
+    more = {"kl": kl, **(batch.reference if reference else {})}
     results = []
     for module in (prefcore.nn.LinearKTOLoss(**settings), theirs("LinearKTOLoss", **settings)):
         loss, (*logps, chosen_logits, rejected_logits, chosen_rewards, rejected_rewards) = module(*given, **more)
@@ -222,6 +223,14 @@ def distilled(teacher_width=3, bias=False):
     return arguments, [student, weight, *biases[:1]]
 
 
+def padded(arguments, more=3):
+    """The same with a teacher of so many tokens more."""
+    arguments = list(arguments)
+    for i in (3, 6)[: len(arguments) - 5]:
+        arguments[i] = torch.cat([arguments[i], arguments[i][:more].flip(0)])
+    return arguments
+
+
 def as_pair(result):
     return (result, ()) if isinstance(result, torch.Tensor) else (result[0], [x.detach() for x in result[1:]])
 
@@ -239,8 +248,10 @@ def as_pair(result):
         {"weight_hard_loss": 0.0, "return_soft_hard_loss": True, "chunk_size": 5},
     ],
 )
-def test_jsd_is_that_of_liger(settings, bias, beta):
+@pytest.mark.parametrize("change", [tuple, padded], ids=["", "padded"])
+def test_jsd_is_that_of_liger(change, settings, bias, beta):
     arguments, leaves = distilled(bias=bias)
+    arguments = change(arguments)
     ours, liger = (
         as_pair(module(*arguments))
         for module in (
@@ -249,6 +260,31 @@ def test_jsd_is_that_of_liger(settings, bias, beta):
         )
     )
     agree(ours, liger, leaves)
+
+
+@needs_liger
+def test_jsd_takes_batches_as_liger_does():
+    arguments, leaves = distilled(bias=True)
+    student, weight, teacher, teacher_weight, labels, *biases = arguments
+    given = (student.view(2, 7, D), weight, teacher.view(2, 7, 3), teacher_weight, labels.view(2, 7), *biases)
+    settings = {"temperature": 2.0, "return_soft_hard_loss": True}
+    ours, liger = (
+        as_pair(module(*given))
+        for module in (prefcore.nn.LinearJSDLoss(**settings), theirs("LinearJSDLoss", **settings))
+    )
+    agree(ours, liger, leaves)
+
+
+@pytest.mark.parametrize("types", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_jsd_of_two_types_is_that_of_the_wider(types):
+    arguments, leaves = distilled(bias=True)
+    given = [x.to(types[i in (2, 3, 6)]) if x.is_floating_point() else x for i, x in enumerate(arguments)]
+    wide = [x.double() if x.is_floating_point() else x for x in given]
+    module = prefcore.nn.LinearJSDLoss(temperature=2.0, return_soft_hard_loss=True)
+    ours, expected = as_pair(module(*given)), as_pair(module(*wide))
+    # The gradient and the cross-entropy are of the student's type, up to a handful of roundings of it.
+    slack = 2**6 * torch.finfo(types[0]).eps
+    agree(ours, expected, leaves, slack)
 
 
 # Without Liger all is of float64: the same bound, of its eps.
@@ -458,6 +494,12 @@ VESPO = {"vespo_k_pos": 1.0, "vespo_lambda_pos": 2.0, "vespo_k_neg": 2.5, "vespo
         {"loss_type": "vespo", "use_bias_correction_kl": True},
         {"loss_type": "grpo", "delta": 1.5},
         {"loss_type": "bnpo", "delta": 1.2, "epsilon_low": 0.1},
+        {"delta": 1.05},  # below 1 + epsilon_high
+        {"delta": 1.0, "epsilon_high": 0.5, "use_bias_correction_kl": True},
+        {"importance_sampling_level": "sequence", "delta": 1.05},
+        {"importance_sampling_level": "sequence", "delta": 1.6, "loss_type": "grpo"},
+        {"importance_sampling_level": "sequence", "use_bias_correction_kl": True},
+        {"importance_sampling_level": "sequence", "use_bias_correction_kl": True, "loss_type": "grpo"},
         {"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 0.5},
         {"loss_type": "vespo", **VESPO},
     ],
@@ -529,15 +571,43 @@ def test_grpo_is_the_loss_of_dense_log_probs(loss_type, level):
 
 
 @needs_liger
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_grpo_takes_all_types_that_liger_takes(level):
+    batch = Rollouts(bias=True)
+    hidden = batch.hidden.detach().bfloat16().requires_grad_()
+    ids, mask, advantages = batch.given[2:5]
+    head = [x.detach().bfloat16().float().requires_grad_() for x in (batch.weight, batch.bias)]
+    more = {"old_per_token_logps": batch.old, "vllm_is_ratio": batch.is_ratio.bfloat16()}
+    more |= {"ref_input": batch.ref_hidden.bfloat16(), "ref_weight": batch.ref_weight, "ref_bias": batch.ref_bias}
+    module = prefcore.nn.LinearGRPOLoss(importance_sampling_level=level)
+    loss, metrics = module(hidden, head[0], ids, mask, advantages.half(), head[1], **more)
+    assert {x.dtype for x in (loss, *metrics)} == {torch.float32}
+    rounded = {name: x.bfloat16() if name.startswith("ref") else x for name, x in more.items()}
+    same, _ = module(hidden, head[0].bfloat16(), ids, mask, advantages.half(), head[1].bfloat16(), **rounded)
+    assert torch.equal(loss, same)
+    theirs("LinearGRPOLoss", importance_sampling_level=level)(
+        hidden, head[0], ids, mask, advantages.half(), head[1], **more
+    )
+    loss.backward()
+    assert [x.grad.dtype for x in (hidden, *head)] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_ratios_beyond_all_exponentials_are_finite(level):
+    batch = Rollouts()
+    batch.old = batch.old.detach().float() - 200
+    given = [x.detach().float().requires_grad_() if x is not None and x.is_floating_point() else x for x in batch.given]
+    more = {"ref_per_token_logps": batch.ref_logps + 200, "old_per_token_logps": batch.old}
+    loss, metrics = prefcore.nn.LinearGRPOLoss(importance_sampling_level=level)(*given, **more)
+    gradients = torch.autograd.grad(loss, given[:2])
+    assert all(x.isfinite().all() for x in (loss, *metrics, *gradients))
+
+
+@needs_liger
 def test_what_grpo_refuses_of_what_liger_offers():
     batch = Rollouts()
     sequence = {"importance_sampling_level": "sequence"}
-    for settings in (
-        {"loss_type": "luspo"},
-        {"delta": 1.1},
-        {"delta": 2.0, **sequence},
-        {"use_bias_correction_kl": True, **sequence},
-    ):
+    for settings in ({"loss_type": "luspo"}, {"delta": 0.9}, {"delta": 0.9, **sequence}):
         theirs("LinearGRPOLoss", **settings)
         with pytest.raises(NotImplementedError, match=next(iter(settings))):
             prefcore.nn.LinearGRPOLoss(**settings)
@@ -689,11 +759,47 @@ def test_what_does_not_fit_is_refused():
         nn.LinearORPOLoss()(weight, hidden, target, nll_target=target[:1])
     with pytest.raises(ValueError, match="preference_labels"):
         nn.LinearKTOLoss()(hidden, weight, target)
-    with pytest.raises(NotImplementedError, match="kl"):
-        nn.LinearKTOLoss()(hidden, weight, target, preference_labels=batch.desirable, kl=torch.zeros(len(target)))
+    with pytest.raises(ValueError, match="kl"):
+        nn.LinearKTOLoss()(hidden, weight, target, preference_labels=batch.desirable, kl=torch.zeros(2))
     arguments, _ = distilled()
-    with pytest.raises(NotImplementedError, match="vocabularies"):
+    with pytest.raises(ValueError, match="at least the student's 11 tokens"):
         nn.LinearJSDLoss()(*arguments[:3], arguments[3][1:], arguments[4])
+    with pytest.raises(ValueError, match="teacher_input"):
+        nn.LinearJSDLoss()(*arguments[:2], arguments[2][1:], *arguments[3:])
     for settings in ({"beta": 1.5}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             nn.LinearJSDLoss(**settings)
+
+
+@needs_liger
+def test_states_and_labels_may_be_slices():
+    batch = Batch(FILLED, bias=True)
+    states = torch.cat([batch.hidden.detach(), batch.hidden.detach()[:, :1]], 1).requires_grad_()
+    labels, nll_labels = (torch.cat([torch.full_like(x[:, :1], -100), x], 1) for x in (batch.target, batch.nll_target))
+    given = (batch.weight, states[:, :-1], labels[:, 1:], batch.bias, nll_labels[:, 1:])
+    ours = prefcore.nn.LinearORPOLoss(beta=BETA)(*given)
+    agree(ours, theirs("LinearORPOLoss", beta=BETA)(*given), [states, batch.weight, batch.bias])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_all_is_of_its_type_with_gradients_of_the_leaves(dtype):
+    batch = Batch(HOSTILE, bias=True, dtype=torch.float32)
+    hidden = batch.hidden.detach().to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = prefcore.nn.LinearDPOLoss()(batch.weight, hidden, batch.target, batch.bias, **batch.reference)
+    plain, _ = prefcore.nn.LinearDPOLoss()(
+        batch.weight.bfloat16(), hidden.bfloat16(), batch.target, batch.bias.bfloat16(),
+        **{name: x.bfloat16() for name, x in batch.reference.items()},
+    )  # fmt: skip
+    assert torch.equal(loss, plain)
+    loss.backward()
+    assert [x.grad.dtype for x in (hidden, batch.weight, batch.bias)] == [dtype, torch.float32, torch.float32]
+
+
+def test_a_compiled_module_gives_the_same():
+    batch = Batch(HOSTILE, bias=True)
+    given = (batch.weight, batch.hidden, batch.target, batch.bias)
+    module = prefcore.nn.LinearDPOLoss(beta=BETA)
+    # The shortest backend: what is asked is whether dynamo takes it, with its breaks.
+    compiled = torch.compile(module, backend="eager")(*given, **batch.reference)
+    agree(compiled, module(*given, **batch.reference), batch.leaves, FINE)
