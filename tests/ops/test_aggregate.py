@@ -37,7 +37,8 @@ def aggregate_on(device, values, cu_seqlens, how, num_items=None, **kwargs):
 def truth(values, lengths, how, num_items=None, horizon=None):
     """The result and d result / d values, by plain Python in float64."""
     ends = [0, *itertools.accumulate(lengths)]
-    rows = [values.double().tolist()[a:b] for a, b in itertools.pairwise(ends)]
+    numbers = values.double().tolist()
+    rows = [numbers[a:b] for a, b in itertools.pairwise(ends)]
     if how.startswith("token"):
         divisors = [1.0] * len(rows)
         count = sum(lengths)

@@ -51,7 +51,7 @@ TRAINED = {
 
 def few(T: int, impl: str, device: str) -> int:
     """Rows for a test: the interpreter takes milliseconds for each, and walks over tiles are not its own."""
-    return min(T, 13) if (impl, device) == ("triton", "cpu") else T
+    return min(T, 7) if (impl, device) == ("triton", "cpu") else T
 
 
 @dataclasses.dataclass
