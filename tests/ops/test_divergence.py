@@ -95,7 +95,8 @@ def check(kind, logits, other, targets, impl, device, trained=(True, True), grad
     ids=["plain", "both", "different"],
 )
 def test_values_and_gradients(options, dtype, kind, impl, device):
-    check(kind, *make((6, 1100), dtype), impl, device, **options)
+    rows = 4 if (impl, device) == ("triton", "cpu") else 6  # the interpreter takes tens of milliseconds for each
+    check(kind, *make((rows, 1100), dtype), impl, device, **options)
 
 
 @NATIVE
