@@ -1,4 +1,4 @@
-"""Plugs into Hugging Face transformers: the language-model head, scoring, and the Trainer."""
+"""Plugs into Hugging Face transformers: the language-model head, scoring, fused losses, and the Trainer."""
 
 from __future__ import annotations
 
@@ -6,19 +6,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prefcore.hf.fused import TokenStatsOutput, fuse_head, unfuse_head
     from prefcore.hf.head import Head, find_head
     from prefcore.hf.scoring import Scores, response_logps, score, token_logps
     from prefcore.hf.trainer import PreferenceTrainer
 
-__all__ = ["Head", "PreferenceTrainer", "Scores", "find_head", "response_logps", "score", "token_logps"]
+__all__ = [
+    "Head",
+    "PreferenceTrainer",
+    "Scores",
+    "TokenStatsOutput",
+    "find_head",
+    "fuse_head",
+    "response_logps",
+    "score",
+    "token_logps",
+    "unfuse_head",
+]
 
 _HOMES = {
     "Head": "head",
     "Scores": "scoring",
+    "TokenStatsOutput": "fused",
     "find_head": "head",
+    "fuse_head": "fused",
     "response_logps": "scoring",
     "score": "scoring",
     "token_logps": "scoring",
+    "unfuse_head": "fused",
     "PreferenceTrainer": "trainer",
 }
 
