@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import types
 from collections.abc import Sequence
@@ -119,12 +120,12 @@ def fuse_head(model: nn.Module, *, outputs: Sequence[str] = (), temperature: flo
     base = _unwrapped(model)
     found = _installed(base)
     if found is not None:
-        found[1].outputs, found[1].temperature = names, float(temperature)
+        found[1].outputs, found[1].temperature, found[1].active = names, float(temperature), True
         return model
     slot = _slot(base)
+    forward = _FusedForward(base, find_head(base, probe=False).backbone)
     with _own_precision(base):
-        head = find_head(base)
-        forward = _FusedForward(base, head.backbone)
+        find_head(base)
         _compare_loss(forward)
     forward.outputs, forward.temperature = names, float(temperature)
     setattr(base, slot, forward)
@@ -138,25 +139,17 @@ def unfuse_head(model: nn.Module) -> nn.Module:
         model: as :func:`fuse_head` takes it; PEFT or ``torch.compile`` may have wrapped it since.
 
     Returns:
-        ``model`` itself.
-
-    Raises:
-        RuntimeError: the fused ``forward`` was wrapped since, as ``Accelerator.prepare`` does for mixed precision.
+        ``model`` itself. Where accelerate's mixed precision has wrapped the fused forward since, that one stays
+        beneath and hands every call on to the model's own.
     """
     base = _unwrapped(model)
-    found = _installed(base)
-    if found is None:
-        return model
-    slot = found[0]
+    slot, forward = _installed(base) or (None, None)
+    if forward is not None:
+        forward.active = False
     if slot == "forward":
         del base.forward
     elif slot == "_old_forward":
         base._old_forward = types.MethodType(type(base).forward, base)
-    else:
-        raise RuntimeError(
-            f"the fused forward of {type(base).__name__} was wrapped since (mixed precision of accelerate); "
-            "accelerator.unwrap_model(model, keep_fp32_wrapper=False) takes that off"
-        )
     return model
 
 
@@ -166,14 +159,14 @@ class _FusedForward:
     It holds the model itself, since a bound method would be pickled as its name, which is the class's forward.
     """
 
-    __slots__ = ("model", "names", "outputs", "passes_labels", "takes_more", "temperature")
+    __slots__ = ("active", "model", "names", "outputs", "passes_labels", "takes_more", "temperature")
 
     def __init__(self, model: Any, backbone: nn.Module) -> None:
         parameters = inspect.signature(type(model).forward).parameters.values()
         kinds = {parameter.kind for parameter in parameters}
         if inspect.Parameter.VAR_POSITIONAL in kinds or "labels" not in [parameter.name for parameter in parameters]:
             raise NotImplementedError(f"the forward of {type(model).__name__} has no parameter 'labels'")
-        self.model = model
+        self.active, self.model = True, model
         self.outputs: tuple[str, ...] = ()
         self.temperature = 1.0
         self.passes_labels = "labels" in inspect.signature(type(backbone).forward).parameters
@@ -189,7 +182,7 @@ class _FusedForward:
             args = args[1:]
         given = dict(zip(self.names, args, strict=False))
         given.update(kwargs)
-        unscored = given.get("labels") is None
+        unscored = not self.active or given.get("labels") is None
         doubled = len(given) < len(args) + len(kwargs)
         unknown = not self.takes_more and any(n not in self.names and n != "return_dict" for n in kwargs)
         if unscored or doubled or unknown:  # of the last two, the model's own forward tells the caller
@@ -322,12 +315,12 @@ def _slot(model: Any) -> str:
     return slot
 
 
-def _own_precision(model: Any) -> torch.autocast:
-    """Autocast for a probe where the head is wider than the embeddings: without it such a model does not run."""
-    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
-    dtypes = [getattr(getattr(module, "weight", None), "dtype", torch.float32) for module in (inputs, head)]
-    mixed = dtypes[0] != dtypes[1] and torch.bfloat16 in dtypes
-    return torch.autocast(getattr(model, "device", torch.device("cpu")).type, torch.bfloat16, enabled=mixed)
+def _own_precision(model: Any) -> contextlib.AbstractContextManager:
+    """Autocast for a probe where the head is wider than its backbone: without it such a model does not run."""
+    weight = model.get_output_embeddings().weight
+    if model.dtype not in (torch.bfloat16, torch.float16) or weight.dtype == model.dtype:
+        return contextlib.nullcontext()
+    return torch.autocast(weight.device.type, model.dtype)
 
 
 @torch.no_grad()
