@@ -201,8 +201,9 @@ class _FusedForward:
             raise NotImplementedError(f"a fused model ignores the label {_IGNORED} and no other (ignore_index)")
         arguments = {name: value for name, value in given.items() if value is not None}
         arguments.setdefault("use_cache", False)
-        if "output_router_logits" not in arguments and _config(model, "output_router_logits"):
-            arguments["output_router_logits"] = True
+        # A forward that does not name it goes by the caller alone.
+        if "output_router_logits" in self.names and _config(model, "output_router_logits"):
+            arguments.setdefault("output_router_logits", True)
         if self.passes_labels:
             arguments["labels"] = labels
         head = find_head(model, probe=False)
@@ -274,12 +275,8 @@ def _router_loss(model: Any, logits: Any, mask: Tensor | None) -> tuple[Tensor, 
 
 def _attribute(model: Any, *names: str) -> Any:
     """The first of these that the model, or else its config, has."""
-    for name in names:
-        value = getattr(model, name, None)
-        value = _config(model, name) if value is None else value
-        if value is not None:
-            return value
-    return None
+    values = [getattr(model, name, None) for name in names] + [_config(model, name) for name in names]
+    return next((value for value in values if value is not None), None)
 
 
 def _config(model: Any, name: str) -> Any:
@@ -345,8 +342,15 @@ def _compare_loss(forward: _FusedForward) -> None:
             try:
                 theirs = model(**call).loss
             except Exception as error:
+                if "output_router_logits" in call and not _config(model, "output_router_logits"):
+                    continue  # the model cannot do that itself, and need not
                 raise NotImplementedError(f"{name} does not give a loss of {', '.join(call)}: {error}") from error
-            mine = forward(**call).loss
+            try:
+                mine = forward(**call).loss
+            except NotImplementedError:
+                raise
+            except Exception as error:
+                raise NotImplementedError(f"{name} gives its loss in a way not known here: {error}") from error
             theirs = theirs.to(mine.device)
             if not (mine - theirs).abs() <= _tolerance(model.dtype) * theirs.abs().clamp_min(1):
                 raise NotImplementedError(

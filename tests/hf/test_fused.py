@@ -48,6 +48,8 @@ CONFIGS = {
     "llava (images)": ("LlavaConfig", {}),
     "gemma3 (images)": ("Gemma3Config", {}),
 }
+# In the oldest transformers their losses ignored num_items_in_batch, or labels of padding: there they are refused.
+RECENT = ("mamba (no attention)", "gemma3 (images)")
 
 
 def make(name="llama", **changes):
@@ -133,8 +135,7 @@ def own_logps(logits, labels, temperature=1.0):
     return rows, torch.where(targets == -100, 0.0, rows.gather(-1, targets.clamp(min=0)[..., None])[..., 0])
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in RECENT else pytest.mark.quick) for n in CONFIGS])
 def test_loss_statistics_and_gradients_equal_those_of_the_models_own_logits(name):
     model, inputs = doubled(make(name), batch(name))
     labels = inputs["labels"]
