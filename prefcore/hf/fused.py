@@ -77,9 +77,10 @@ def fuse_head(model: nn.Module, *, outputs: Sequence[str] = (), temperature: flo
     Without labels the model's own forward runs: generation, caches and ``logits_to_keep`` are as before.
 
     Only the instance's ``forward`` changes, not its class, config, parameters, or what ``save_pretrained`` writes.
-    Copies and pickles of the model are fused as well, each with its own weights. PEFT, ``dispatch_model``, gradient
-    checkpointing, DDP and ``torch.compile`` may come before or after. Where a forward is traced as one graph all rows
-    meet the head on a GPU, since their number would be read back. ``nn.DataParallel`` is not supported.
+    Copies and pickles of the model are fused as well, each with its own weights. PEFT, ``torch.compile``,
+    ``dispatch_model`` and gradient checkpointing may come before or after, DDP and the Trainer after. Traced by
+    ``torch.compile``, a GPU's head takes all rows, since a number of labels would break the graph.
+    ``nn.DataParallel`` is not supported.
 
     ``Trainer.evaluate`` with ``prediction_loss_only`` gathers nothing more; else the predictions are the tuple
     ``(logps, *outputs, targets)`` in place of logits, and ``compute_metrics`` finds what was scored by
