@@ -124,10 +124,11 @@ def fuse_head(model: nn.Module, *, outputs: Sequence[str] = (), temperature: flo
         found[1].outputs, found[1].temperature, found[1].active = names, float(temperature), True
         return model
     slot = _slot(base)
-    forward = _FusedForward(base, find_head(base, probe=False).backbone)
-    with _own_precision(base):
+    head = find_head(base, probe=False)
+    forward = _FusedForward(base)
+    with _own_precision(base, head):
         find_head(base)
-        _compare_loss(forward)
+        _compare_loss(forward, head)
     forward.outputs, forward.temperature = names, float(temperature)
     setattr(base, slot, forward)
     return model
@@ -160,9 +161,9 @@ class _FusedForward:
     It holds the model itself, since a bound method would be pickled as its name, which is the class's forward.
     """
 
-    __slots__ = ("active", "model", "names", "outputs", "passes_labels", "takes_more", "temperature")
+    __slots__ = ("active", "model", "names", "outputs", "takes_more", "temperature")
 
-    def __init__(self, model: Any, backbone: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         parameters = inspect.signature(type(model).forward).parameters.values()
         kinds = {parameter.kind for parameter in parameters}
         if inspect.Parameter.VAR_POSITIONAL in kinds or "labels" not in [parameter.name for parameter in parameters]:
@@ -170,7 +171,6 @@ class _FusedForward:
         self.active, self.model = True, model
         self.outputs: tuple[str, ...] = ()
         self.temperature = 1.0
-        self.passes_labels = "labels" in inspect.signature(type(backbone).forward).parameters
         self.takes_more = inspect.Parameter.VAR_KEYWORD in kinds
         self.names = tuple(p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD)[1:]
 
@@ -205,8 +205,6 @@ class _FusedForward:
         # A forward that does not name it goes by the caller alone.
         if "output_router_logits" in self.names and _config(model, "output_router_logits"):
             arguments.setdefault("output_router_logits", True)
-        if self.passes_labels:
-            arguments["labels"] = labels
         head = find_head(model, probe=False)
         out = head.backbone(**arguments, return_dict=True)
 
@@ -313,23 +311,21 @@ def _slot(model: Any) -> str:
     return slot
 
 
-def _own_precision(model: Any) -> contextlib.AbstractContextManager:
+def _own_precision(model: Any, head: Head) -> contextlib.AbstractContextManager:
     """Autocast for a probe where the head is wider than its backbone: without it such a model does not run."""
-    weight = model.get_output_embeddings().weight
-    if model.dtype not in (torch.bfloat16, torch.float16) or weight.dtype == model.dtype:
+    if model.dtype not in (torch.bfloat16, torch.float16) or head.weight.dtype == model.dtype:
         return contextlib.nullcontext()
-    return torch.autocast(weight.device.type, model.dtype)
+    return torch.autocast(head.weight.device.type, model.dtype)
 
 
 @torch.no_grad()
-def _compare_loss(forward: _FusedForward) -> None:
+def _compare_loss(forward: _FusedForward, head: Head) -> None:
     """Raise unless the fused loss of a few tokens, some of them padding, is the model's own."""
     model = forward.model
     name = type(model).__name__
     names = inspect.signature(type(model).forward).parameters
     device = model.get_input_embeddings().weight.device
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    ids = (torch.arange(2 * _PROBE_TOKENS, device=device) + 1).remainder(vocabulary).view(2, -1)
+    ids = (torch.arange(2 * _PROBE_TOKENS, device=device) + 1).remainder(head.weight.shape[0]).view(2, -1)
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[1, -2:], labels[0, 3], labels[1, -1] = 0, _IGNORED, _IGNORED
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
