@@ -13,6 +13,8 @@ from prefcore._types import OUTPUTS, TokenStats
 from prefcore.ops._checks import check_number, check_type, check_values
 from prefcore.ops._stats import accumulator_dtype
 
+LowRank = tuple[Tensor, Tensor]  # inner [..., R], outer [V, R]
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -94,21 +96,76 @@ def check_head_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Te
     check_target_dtype(targets)
 
 
-def autocast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def check_low_rank(low_rank: LowRank | None, hidden: Tensor, weight: Tensor, name: str = "low_rank") -> None:
+    """Refuse what is no low-rank part of this head's weight; and a weight that trains beside it."""
+    if low_rank is None:
+        return
+    if not isinstance(low_rank, tuple) or len(low_rank) != 2:
+        count = f" of {len(low_rank)}" if isinstance(low_rank, tuple) else ""
+        raise TypeError(f"{name} must be a tuple (inner, outer) or None, got {type(low_rank).__name__}{count}")
+    inner, outer = low_rank
+    check_type(f"inner of {name}", inner, Tensor)
+    check_type(f"outer of {name}", outer, Tensor)
+    if inner.ndim != hidden.ndim or inner.shape[:-1] != hidden.shape[:-1] or inner.shape[-1] < 1:
+        raise ValueError(
+            f"expected inner of {name} [..., R] with the rows of hidden, {tuple(hidden.shape)}, and R >= 1, "
+            f"got {tuple(inner.shape)}"
+        )
+    if outer.shape != (weight.shape[0], inner.shape[-1]):
+        raise ValueError(
+            f"expected outer of {name} [V, R] with V = {weight.shape[0]} and R = {inner.shape[-1]}, "
+            f"got {tuple(outer.shape)}"
+        )
+    check_same_device(hidden=hidden, inner=inner, outer=outer)
+    if torch.is_grad_enabled() and weight.requires_grad:
+        raise NotImplementedError(
+            f"{name} is for a weight that does not train, but the weight has requires_grad=True: no gradient of its "
+            "size is made; detach it, or fold the product into it"
+        )
+
+
+def join_low_rank(hidden: Tensor, low_rank: LowRank | None) -> tuple[Tensor, Tensor | None]:
+    """Hidden states with ``inner`` as columns behind their own, and ``outer``: the form in which operators take them.
+
+    Both are filled up with zeros to a multiple of eight columns, so that rows lie where a GPU's GEMMs read them fast.
+    """
+    if low_rank is None:
+        return hidden, None
+    inner, outer = low_rank
+    missing = -inner.shape[-1] % 8
+    if missing:
+        inner, outer = (torch.nn.functional.pad(x, (0, missing)) for x in low_rank)
+    return torch.cat((hidden, inner), -1), outer
+
+
+def autocast_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None
+) -> tuple[Tensor, Tensor, Tensor | None, LowRank | None]:
     """Cast as ``torch.nn.functional.linear`` does under autocast: everything but float64."""
     kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind) or torch.float64 in (hidden.dtype, weight.dtype):
-        return hidden, weight, bias
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+    inner, outer = low_rank or (None, None)
+    named = {"hidden": hidden, "weight": weight, "bias": bias, "inner": inner, "outer": outer}
+    factors = (x.dtype for x in (hidden, weight, inner, outer) if x is not None)
+    if not torch.is_autocast_enabled(kind) or torch.float64 in factors:
+        return hidden, weight, bias, low_rank
+    for name, tensor in named.items():
         if tensor is not None:
             check_float(name, tensor.dtype)
     dtype = torch.get_autocast_dtype(kind)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return (
+        hidden.to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        None if low_rank is None else (low_rank[0].to(dtype), low_rank[1].to(dtype)),
+    )
 
 
-def check_head_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None) -> None:
+def check_head_dtypes(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None, low_rank: LowRank | None
+) -> None:
     check_float("hidden", hidden.dtype)
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    inner, outer = low_rank or (None, None)
+    for name, tensor in (("weight", weight), ("bias", bias), ("inner", inner), ("outer", outer)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
     check_logits_dtype(hidden.dtype, logits_dtype)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from prefcore.ops import _pair, _plan, _walk
-from prefcore.ops._gemm import mm
 from prefcore.ops._memory import empty
 from prefcore.ops._pair import PairGrads, PairSettings, RowPair
 from prefcore.ops._spec import CROSS_ROWS, Side
 from prefcore.ops._stats import accumulator_dtype, new_state
-from prefcore.ops._walk import HeadGradients, HeadSettings, Into, Needs, Operands, Saved, spans
+from prefcore.ops._walk import HeadGradients, HeadSettings, Into, Needs, Operands, Saved, Slice, spans
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class _Pair:
     ) -> None:
         self.kernels, self.spec = kernels, settings.spec
         self.heads = tuple(
-            Operands(side.hidden, side.weight, targets, side.bias, side.temperature, own)
+            Operands(side.hidden, side.weight, targets, side.bias, side.temperature, None, own)
             for side, own in zip((p, q), settings.heads, strict=True)
         )
         self.targets, self.rows, self.vocab = self.heads[0].targets, self.heads[0].rows, p.weight.shape[0]
@@ -105,10 +104,10 @@ class _Pair:
         like = self.heads[0]
         return [empty(rows, cols, dtype=like.types.tile, device=like.hidden.device) for _ in self.heads]
 
-    def fill(self, tiles: list[Tensor], rows: slice, weights: list[Tensor]) -> None:
+    def fill(self, tiles: list[Tensor], rows: slice, weights: list[Slice]) -> None:
         """Logits of both sides."""
         for head, tile, weight in zip(self.heads, tiles, weights, strict=True):
-            mm(tile, head.hidden[rows], weight.t())
+            weight.logits(tile, head.hidden[rows])
 
 
 def forward(
@@ -155,7 +154,7 @@ class _ForwardWalk:
             # A weight that must be converted is converted slice by slice.
             width = pair.vocab if head.weight.dtype == head.types.operand else bounds.tile_cols
             for cols in spans(0, pair.vocab, width):
-                mm(tile[:, cols], head.hidden[rows], head.weight_slice(cols).t())
+                head.weight_slice(cols).logits(tile[:, cols], head.hidden[rows])
         everything = slice(0, pair.vocab)
         self._first(rows, everything, tiles)
         if pair.spec.needs_totals:
@@ -241,8 +240,8 @@ def _alone(
             weight.new_zeros((weight.shape[0] if needs.bias else 0,)),
         )
     return _walk.backward(
-        kernels.rows, grads, hidden, weight, targets, bias, temperature, entropy, saved, needs, drop_zero_rows, into,
-        settings,
+        kernels.rows, grads, hidden, weight, targets, bias, temperature, None, entropy, saved, needs, drop_zero_rows,
+        into, settings,
     )  # fmt: skip
 
 
@@ -313,7 +312,7 @@ class _BackwardWalk:
         }
         for cols in spans(0, pair.vocab, width):
             weights = [
-                head.weight_slice(cols) if recomputed or index in self.active else head.weight[:0]
+                head.weight_slice(cols if recomputed or index in self.active else slice(0, 0))
                 for index, head in enumerate(pair.heads)
             ]
             for rows in chunks:
@@ -329,7 +328,7 @@ class _BackwardWalk:
         return results
 
     def _gradient_tiles(
-        self, rows: slice, cols: slice, weights: list[Tensor], tiles: list[Tensor], outs: dict[int, Tensor]
+        self, rows: slice, cols: slice, weights: list[Slice], tiles: list[Tensor], outs: dict[int, Tensor]
     ) -> dict[int, Tensor]:
         """The logits' gradients over scale, of the sides that need them, in the operands' type."""
         pair = self.pair

@@ -50,15 +50,52 @@ class Saved(NamedTuple):
 
     state: Tensor  # [3, T]: PEAK, TOTAL, TARGET
     retained: Tensor  # [rows, V]: logits, or onehot - p
-    mean_weight: Tensor  # [T, D]: sum over v of p_v·dz_v/dx_v·W[v], the part of ∂logps/∂hidden that frozen saves
+    # [T, D]: sum over v of p_v·dz_v/dx_v·W[v], the part of ∂logps/∂hidden that frozen saves; with outer [T, D + R]
+    mean_weight: Tensor
+
+
+class Slice(NamedTuple):
+    """A slice of the vocabulary: rows of the weight, and of its low-rank part where it has one.
+
+    The low-rank part takes GEMMs of its own, over columns of the hidden states. One GEMM over both would need a copy of
+    the weight beside it, which costs as much as the tile's second pass at a thousand rows and more at fewer.
+    """
+
+    weight: Tensor  # [cols, D]
+    outer: Tensor | None  # [cols, R]
+
+    def logits(self, out: Tensor, hidden: Tensor) -> None:
+        """``out [rows, cols]`` = ``hidden @ [weight, outer].T``."""
+        if self.outer is None:
+            mm(out, hidden, self.weight.t())
+            return
+        D = self.weight.shape[1]
+        # A 16-bit tile is rounded after each: the small part first, so that the sum is rounded once.
+        mm(out, hidden[:, D:], self.outer.t())
+        addmm(out, hidden[:, :D], self.weight.t())
+
+    def combine(self, out: Tensor, tile: Tensor, add: bool, inner_only: bool = False) -> None:
+        """``out [rows, D + R]`` = ``tile @ [weight, outer]``, or has that added to it; or its last R columns alone."""
+        product = addmm if add else mm
+        if self.outer is None:
+            product(out, tile, self.weight)
+            return
+        D = self.weight.shape[1]
+        if not inner_only:
+            product(out[:, :D], tile, self.weight)
+        product(out[:, D:], tile, self.outer)
 
 
 class Operands:
-    """The inputs of one call as the GEMMs take them, rows that nobody scores left out where that costs no wait."""
+    """The inputs of one call as the GEMMs take them, rows that nobody scores left out where that costs no wait.
+
+    With ``outer [V, R]`` the raw logits are ``hidden[:, :D] @ weight.T + hidden[:, D:] @ outer.T``, and the gradient
+    that is called the weight's is that of ``outer``.
+    """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
-        settings: HeadSettings,
+        outer: Tensor | None, settings: HeadSettings,
     ) -> None:  # fmt: skip
         self.types = _plan.types(hidden.device, hidden.dtype, settings.logits_dtype)
         self.accumulate = accumulator_dtype(hidden.dtype)
@@ -70,6 +107,7 @@ class Operands:
             if keep.shape[0] < targets.shape[0]:
                 self.keep = keep
         self.weight, self.bias = weight, None if bias is None else bias.contiguous()
+        self.outer, self.trained = outer, weight if outer is None else outer
         self.hidden = self.pick(hidden).to(self.types.operand)
         self.targets = self.pick(targets)
         self.temperature = None if temperature is None else self.pick(temperature)
@@ -100,8 +138,15 @@ class Operands:
         rows = self.chosen if self.keep is None else self.keep.index_select(0, self.chosen)
         return picked.new_zeros(total, *picked.shape[1:]).index_copy_(0, rows, picked)
 
-    def weight_slice(self, cols: slice) -> Tensor:
-        return self.weight[cols].to(self.types.operand)
+    def weight_slice(self, cols: slice) -> Slice:
+        """Views, unless they must be converted."""
+        outer = None if self.outer is None else self.outer[cols].to(self.types.operand)
+        return Slice(self.weight[cols].to(self.types.operand), outer)
+
+    @property
+    def trained_hidden(self) -> Tensor:
+        """The columns of the hidden states that meet ``trained``."""
+        return self.hidden if self.outer is None else self.hidden[:, self.weight.shape[1] :]
 
     def row_arguments(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         return self.targets[rows], None if self.temperature is None else self.temperature[rows]
@@ -140,6 +185,7 @@ def forward(
     targets: Tensor,
     bias: Tensor | None,
     temperature: Tensor | None,
+    outer: Tensor | None,
     settings: HeadSettings,
     retained: Tensor | None = None,
 ) -> tuple[Stats, Saved]:
@@ -148,7 +194,7 @@ def forward(
     ``retained`` is room for the logits of as many leading rows as it has, where the caller brings its own.
     """
     total, V = hidden.shape[0], weight.shape[0]
-    head = Operands(hidden, weight, targets, bias, temperature, settings)
+    head = Operands(hidden, weight, targets, bias, temperature, outer, settings)
     bounds = limits(hidden, weight, settings)
     if retained is None:
         rows = min(total, bounds.retained_rows)
@@ -206,7 +252,7 @@ def _retain(
         # A weight that must be converted is converted slice by slice.
         width = V if head.weight.dtype == head.types.operand else bounds.tile_cols
         for cols in spans(0, V, width):
-            mm(tile[:, cols], head.hidden[rows], head.weight_slice(cols).t())
+            head.weight_slice(cols).logits(tile[:, cols], head.hidden[rows])
         arguments = (*head.row_arguments(rows), head.bias, head.spec, state[:, rows])
         if settings.raw:
             kernels.stats(tile, 0, *arguments)
@@ -234,28 +280,34 @@ def _sweep(
         for rows in spans(first_row, head.rows, bounds.tile_rows):
             window = slice(0, rows.stop - rows.start), slice(0, cols.stop - cols.start)
             tile = buffer[window]
-            mm(tile, head.hidden[rows], weight.t())
+            weight.logits(tile, head.hidden[rows])
             arguments = (*head.row_arguments(rows), head.bias_slice(cols), head.spec, state[:, rows])
             if not frozen:
                 kernels.stats(tile, cols.start, *arguments)
                 continue
             sums = mean_weight[rows]
             kernels.weigh(tile, weights[window], cols.start, *arguments, sums if cols.start else None)
-            (addmm if cols.start else mm)(sums, weights[window], weight)
+            weight.combine(sums, weights[window], add=cols.start > 0)
 
 
 class Needs(NamedTuple):
     """Which gradients are wanted."""
 
     hidden: bool
-    weight: bool
+    weight: bool  # or, where there is a low-rank part, outer
     bias: bool
+    inner: bool = False  # the hidden states' columns beyond the weight's
+
+    @property
+    def states(self) -> bool:
+        """Whether any column of the hidden states needs one."""
+        return self.hidden or self.inner
 
 
 class Into(NamedTuple):
     """Where gradients go."""
 
-    weight: Tensor | None = None  # [V, D] in place of a new one
+    weight: Tensor | None = None  # in place of a new one
     add: bool = True  # to what that holds
     # Of hidden states and bias in the accumulator's type, sums of the weight's exact for gradients of any magnitude.
     wide: bool = False
@@ -269,6 +321,7 @@ def backward(
     targets: Tensor,
     bias: Tensor | None,
     temperature: Tensor | None,
+    outer: Tensor | None,
     entropy: Tensor,
     saved: Saved,
     needs: Needs,
@@ -277,7 +330,7 @@ def backward(
     settings: HeadSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias; empty where not needed."""
-    head = Operands(hidden, weight, targets, bias, temperature, settings)
+    head = Operands(hidden, weight, targets, bias, temperature, outer, settings)
     ignored = head.targets == settings.ignore_index
     picked = [None if g is None else head.pick(g) for g in grads]
     gradient = row_gradient(picked[0], picked[1], picked[2], ignored, head.accumulate)
@@ -304,7 +357,10 @@ def _frozen_gradient(head: Operands, row: RowGradient, state: Tensor, mean_weigh
     # A target outside the vocabulary has no row of W: its z is NaN, and so must this be.
     own = (row.a * slope).masked_fill(z.isnan(), torch.nan).masked_fill_(row.a == 0, 0)
     index = head.targets.clamp(0, head.weight.shape[0] - 1)
-    chosen = head.weight.index_select(0, index).to(head.accumulate)
+    chosen = head.weight.index_select(0, index)
+    if head.outer is not None:
+        chosen = torch.cat((chosen, head.outer.index_select(0, index)), 1)
+    chosen = chosen.to(head.accumulate)
     return chosen.mul_(own[:, None]).addcmul_(row.b[:, None], mean_weight, value=-1)
 
 
@@ -365,7 +421,7 @@ class _BackwardWalk:
         return logits, empty(rows, width, dtype=self.head.types.operand, device=self.state.device)
 
     def _gradient_tile(
-        self, rows: slice, cols: slice, weight: Tensor, scratch: tuple[Tensor, Tensor], direct: bool
+        self, rows: slice, cols: slice, weight: Slice, scratch: tuple[Tensor, Tensor], direct: bool
     ) -> Tensor:
         """The logits' gradient over scale, in the operands' type."""
         head, kept = self.head, rows.start < self.kept_rows
@@ -379,7 +435,7 @@ class _BackwardWalk:
             if not self.settings.raw:
                 return logits
         else:
-            mm(tile, head.hidden[rows], weight.t())
+            weight.logits(tile, head.hidden[rows])
             logits = tile
         self.kernels.grad(
             logits,
@@ -415,9 +471,9 @@ class HeadGradients:
     """Gradients of hidden states, weight and bias, summed up from tiles of the logits' gradient over ``scale``."""
 
     def __init__(self, head: Operands, scale: Tensor, needs: Needs, chunks: int, into: Into) -> None:
-        V, D = head.weight.shape
+        V, columns = head.weight.shape[0], head.hidden.shape[1]
         self.head, self.scale, self.needs, self.into = head, scale, needs, into
-        self.d_hidden = self._zeros(head.rows if needs.hidden else 0, D)
+        self.d_hidden = self._zeros(head.rows if needs.states else 0, columns)
         self.d_bias = self._zeros(V if needs.bias else 0)
         self.bias_unit = _power_of_two(scale) if needs.bias and _scaled_apart(head, into) else None
         self.bias_side = (scale if self.bias_unit is None else scale / self.bias_unit).to(head.types.operand)
@@ -426,10 +482,10 @@ class HeadGradients:
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.head.accumulate, device=self.scale.device)
 
-    def add(self, rows: slice, cols: slice, tile: Tensor, weight: Tensor) -> None:
+    def add(self, rows: slice, cols: slice, tile: Tensor, weight: Slice) -> None:
         """Chunks of rows come in ascending order within each slice of the vocabulary."""
-        if self.needs.hidden:
-            (addmm if cols.start else mm)(self.d_hidden[rows], tile, weight)
+        if self.needs.states:
+            weight.combine(self.d_hidden[rows], tile, add=cols.start > 0, inner_only=not self.needs.hidden)
         if self.needs.weight:
             self.d_weight.add(rows, cols, tile)
         if self.needs.bias:
@@ -439,7 +495,7 @@ class HeadGradients:
         """Of hidden states shaped like ``hidden``, weight and bias; empty where not needed."""
         dtype = self.head.accumulate if self.into.wide else hidden.dtype
         d_hidden = self.d_hidden
-        if self.needs.hidden:
+        if self.needs.states:
             d_hidden = self.head.restore_gradient(d_hidden.mul_(self.scale[:, None]).to(dtype), hidden.shape[0])
         if self.bias_unit is not None:
             self.d_bias.mul_(self.bias_unit)
@@ -453,18 +509,18 @@ class _WeightGradient:
         self.head, self.add_to = head, into.weight is not None and into.add
         self.slice_sum: Tensor | None = None
         self.unit: Tensor | None = None
-        self.result = head.weight.new_empty(0)
+        self.result = head.trained.new_empty(0)
         if not needed:
             return
         scale = scale[:, None]
         # A row without gradient may hold inf or NaN, which a product with zero would keep.
-        scaled = (head.hidden.to(head.accumulate) * scale).masked_fill_(scale == 0, 0)
+        scaled = (head.trained_hidden.to(head.accumulate) * scale).masked_fill_(scale == 0, 0)
         if _scaled_apart(head, into):
             self.unit = _power_of_two(scaled)
             scaled.div_(self.unit)
         self.scaled = scaled.to(head.types.operand)
         if into.weight is None:
-            self.result = empty(*head.weight.shape, dtype=head.weight.dtype, device=head.weight.device)
+            self.result = empty(*head.trained.shape, dtype=head.trained.dtype, device=head.trained.device)
         self.target = self.result if into.weight is None else into.weight
         if not chunks and not self.add_to:
             self.target.zero_()

@@ -72,7 +72,7 @@ class _BackwardArguments(NamedTuple):
             return tuple(next(left) for _ in range(count))
 
         return cls(
-            PairGrads(*take(5)), take(9), RowPair(*take(6)), PairSaved(*take(2)), (Needs(*take(3)), Needs(*take(3))),
+            PairGrads(*take(5)), take(9), RowPair(*take(6)), PairSaved(*take(2)), (Needs(*take(4)), Needs(*take(4))),
             next(left), (next(left), next(left)), tuple(left),
         )  # fmt: skip
 
@@ -306,10 +306,10 @@ def linear_divergence(
     _check_other(hidden, weight, other_hidden, other_weight, rows, other_bias)
     _check_options(schedule, memory_budget, drop_zero_rows, process_group)
     run = resolve(impl, "linear_divergence", hidden.device)
-    hidden, weight, bias = autocast_head(hidden, weight, bias)
-    other_hidden, other_weight, other_bias = autocast_head(other_hidden, other_weight, other_bias)
-    check_head_dtypes(hidden, weight, bias, logits_dtype)
-    check_head_dtypes(other_hidden, other_weight, other_bias, logits_dtype)
+    hidden, weight, bias, _ = autocast_head(hidden, weight, bias, None)
+    other_hidden, other_weight, other_bias, _ = autocast_head(other_hidden, other_weight, other_bias, None)
+    check_head_dtypes(hidden, weight, bias, logits_dtype, None)
+    check_head_dtypes(other_hidden, other_weight, other_bias, logits_dtype, None)
     if other_hidden.dtype != hidden.dtype:
         raise ValueError(f"expected both sides of one dtype, got {hidden.dtype} and {other_hidden.dtype}; convert one")
     check_weight_grad_out(weight_grad_out, weight)

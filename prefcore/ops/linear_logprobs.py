@@ -18,9 +18,11 @@ from prefcore.ops._arguments import (
     check_head_dtypes,
     check_head_tensors,
     check_logit_options,
+    check_low_rank,
     check_memory_budget,
     check_targets,
     check_weight_grad_out,
+    join_low_rank,
     row_temperature,
     stats_settings,
     token_stats,
@@ -34,9 +36,11 @@ from prefcore.ops._stats import Stats, accumulator_dtype, stats_like
 from prefcore.ops._walk import HeadSettings, Into, Needs, Saved
 
 _GRADS = "Tensor? g_logps, Tensor? g_entropy, Tensor? g_logsumexp"
-_INPUTS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? temperature"
+_INPUTS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? temperature, Tensor? outer"
 _SAVED = "Tensor entropy, Tensor state, Tensor retained, Tensor mean_weight"
-_NEEDS = "bool hidden_grad, bool weight_grad, bool bias_grad, bool drop_zero_rows, Tensor(a!)? weight_grad_out"
+_NEEDS = ", ".join(
+    (*(f"bool {name}_grad" for name in Needs._fields), "bool drop_zero_rows", "Tensor(a!)? weight_grad_out")
+)
 
 
 def _forward_fake(
@@ -45,6 +49,7 @@ def _forward_fake(
     targets: Tensor,
     bias: Tensor | None,
     temperature: Tensor | None,
+    outer: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     settings = HeadSettings(*rest)
@@ -62,14 +67,15 @@ def _forward_fake(
 def _backward_fake(
     g_logps: Tensor | None, g_entropy: Tensor | None, g_logsumexp: Tensor | None,
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
-    entropy: Tensor, state: Tensor, retained: Tensor, mean_weight: Tensor,
-    hidden_grad: bool, weight_grad: bool, bias_grad: bool, drop_zero_rows: bool, weight_grad_out: Tensor | None,
-    *rest: Any,
+    outer: Tensor | None, entropy: Tensor, state: Tensor, retained: Tensor, mean_weight: Tensor,
+    hidden_grad: bool, weight_grad: bool, bias_grad: bool, inner_grad: bool, drop_zero_rows: bool,
+    weight_grad_out: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     returned = weight_grad and weight_grad_out is None
+    trained = weight if outer is None else outer
     return (
-        hidden.new_empty(hidden.shape if hidden_grad else (0, hidden.shape[1])),
-        weight.new_empty(weight.shape if returned else (0,)),
+        hidden.new_empty(hidden.shape if hidden_grad or inner_grad else (0, hidden.shape[1])),
+        trained.new_empty(trained.shape if returned else (0,)),
         weight.new_empty((weight.shape[0] if bias_grad else 0,)),
     )
 
@@ -82,27 +88,28 @@ class _Launchers:
 
     def forward(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
-        *rest: Any,
+        outer: Tensor | None, *rest: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         settings = HeadSettings(*rest)
         check_targets(targets, weight.shape[0], settings.ignore_index, temperature)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            stats, saved = _walk.forward(self.load(), hidden, weight, targets, bias, temperature, settings)
+            stats, saved = _walk.forward(self.load(), hidden, weight, targets, bias, temperature, outer, settings)
         return *stats, *saved
 
     def backward(
         self,
         g_logps: Tensor | None, g_entropy: Tensor | None, g_logsumexp: Tensor | None,
         hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
-        entropy: Tensor, state: Tensor, retained: Tensor, mean_weight: Tensor,
-        hidden_grad: bool, weight_grad: bool, bias_grad: bool, drop_zero_rows: bool, weight_grad_out: Tensor | None,
-        *rest: Any,
+        outer: Tensor | None, entropy: Tensor, state: Tensor, retained: Tensor, mean_weight: Tensor,
+        hidden_grad: bool, weight_grad: bool, bias_grad: bool, inner_grad: bool, drop_zero_rows: bool,
+        weight_grad_out: Tensor | None, *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             return _walk.backward(
                 self.load(), (g_logps, g_entropy, g_logsumexp), hidden, weight, targets, bias, temperature,
-                entropy, Saved(state, retained, mean_weight), Needs(hidden_grad, weight_grad, bias_grad),
-                drop_zero_rows, Into(weight_grad_out), HeadSettings(*rest),
+                outer, entropy, Saved(state, retained, mean_weight),
+                Needs(hidden_grad, weight_grad, bias_grad, inner_grad), drop_zero_rows,
+                Into(weight_grad_out), HeadSettings(*rest),
             )  # fmt: skip
 
 
@@ -136,24 +143,30 @@ OPERATORS = {impl: _register(impl) for impl in BACKENDS}
 
 
 def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of hidden, weight and bias, for what arrived at logps, entropy and logsumexp."""
-    hidden, weight, targets, bias, temperature, *saved = ctx.saved_tensors
-    drop_zero_rows, weight_grad_out, impl, settings = ctx.options
+    """Of hidden states, of weight or outer, and of bias, for what arrived at logps, entropy and logsumexp."""
+    hidden, weight, targets, bias, temperature, outer, *saved = ctx.saved_tensors
+    drop_zero_rows, inner_only, weight_grad_out, impl, settings = ctx.options
     # Traced, an output that was not wanted receives an empty gradient instead of none.
     wanted = [g if want else None for g, want in zip(grads, settings.wanted[:3], strict=True)]
     if all(g is None for g in wanted):
         return None, None, None
     if drop_zero_rows and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("drop_zero_rows=True reads a count back from the device, which a graph cannot capture")
-    needs = Needs(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+    needed = ctx.needs_input_grad
+    needs = Needs(
+        hidden=needed[0] and not inner_only,
+        weight=needed[1 if outer is None else 5],
+        bias=needed[3],
+        inner=needed[0] and outer is not None,
+    )
     d_hidden, d_weight, d_bias = OPERATORS[impl].backward(
-        *wanted, hidden, weight, targets, bias, temperature, *saved,
+        *wanted, hidden, weight, targets, bias, temperature, outer, *saved,
         *needs, drop_zero_rows, weight_grad_out, *settings.flat(),
     )  # fmt: skip
     if weight_grad_out is not None:
         torch.autograd.graph.increment_version(weight_grad_out)
     return (
-        d_hidden if needs.hidden else None,
+        d_hidden if needs.states else None,
         d_weight if needs.weight and weight_grad_out is None else None,
         d_bias if needs.bias else None,
     )
@@ -163,14 +176,15 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
-        weight_grad_out: Tensor | None, drop_zero_rows: bool, impl: str, settings: HeadSettings,
+        outer: Tensor | None, weight_grad_out: Tensor | None, drop_zero_rows: bool, inner_only: bool, impl: str,
+        settings: HeadSettings,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.set_materialize_grads(False)
-        outputs = OPERATORS[impl].forward(hidden, weight, targets, bias, temperature, *settings.flat())
+        outputs = OPERATORS[impl].forward(hidden, weight, targets, bias, temperature, outer, *settings.flat())
         stats, saved = Stats(*outputs[: len(Stats._fields)]), Saved(*outputs[len(Stats._fields) :])
-        ctx.save_for_backward(hidden, weight, targets, bias, temperature, stats.entropy, *saved)
+        ctx.save_for_backward(hidden, weight, targets, bias, temperature, outer, stats.entropy, *saved)
         # The buffer is not saved through autograd: others may add to it between forward and backward.
-        ctx.options = drop_zero_rows, weight_grad_out, impl, settings
+        ctx.options = drop_zero_rows, inner_only, weight_grad_out, impl, settings
         frozen = (stats.entropy,) if settings.schedule == "frozen" else ()
         ctx.mark_non_differentiable(*frozen, *stats[3:], saved.state)
         return *stats, saved.state
@@ -181,8 +195,9 @@ class _LinearLogprobs(torch.autograd.Function):
         g_logps, g_entropy, g_logsumexp = grads[:3]
         if ctx.options[-1].schedule == "frozen":
             g_entropy = None  # not differentiable here; traced, zeros arrive all the same
-        d_hidden, d_weight, d_bias = _gradients(ctx, (g_logps, g_entropy, g_logsumexp))
-        return d_hidden, d_weight, None, d_bias, *(None,) * 5
+        d_hidden, d_trained, d_bias = _gradients(ctx, (g_logps, g_entropy, g_logsumexp))
+        d_weight, d_outer = (d_trained, None) if ctx.saved_tensors[5] is None else (None, d_trained)
+        return d_hidden, d_weight, None, d_bias, None, d_outer, *(None,) * 5
 
 
 class _FrozenEntropy(torch.autograd.Function):
@@ -195,17 +210,18 @@ class _FrozenEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
-        entropy: Tensor, state: Tensor, drop_zero_rows: bool, impl: str, settings: HeadSettings,
+        outer: Tensor | None, entropy: Tensor, state: Tensor, drop_zero_rows: bool, inner_only: bool, impl: str,
+        settings: HeadSettings,
     ) -> Tensor:  # fmt: skip
         none = hidden.new_empty((0, hidden.shape[1]))
-        ctx.save_for_backward(hidden, weight, targets, bias, temperature, entropy, state, none, none.clone())
-        ctx.options = drop_zero_rows, None, impl, settings
+        ctx.save_for_backward(hidden, weight, targets, bias, temperature, outer, entropy, state, none, none.clone())
+        ctx.options = drop_zero_rows, inner_only, None, impl, settings
         return entropy.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, (None, g_entropy, None))[0], *(None,) * 9
+        return _gradients(ctx, (None, g_entropy, None))[0], *(None,) * 11
 
 
 def linear_logprobs(
@@ -214,6 +230,7 @@ def linear_logprobs(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -239,14 +256,19 @@ def linear_logprobs(
         weight: ``[V, D]``, the head's weight, of the same type and device.
         targets: ``[...]`` int64 token ids; ``ignore_index`` marks a row to skip.
         bias: ``[V]`` or None, of the weight's type.
+        low_rank: ``(inner [..., R], outer [V, R])``, of the same type and device, or None: ``inner @ outer.T`` is added
+            to the raw logits. LoRA on the head (Hu et al. 2021, arXiv:2106.09685) is inner = scaling·dropout(h)·Aᵀ,
+            outer = B. Gradients go to both, and ``outer`` is what trains: the weight may not, so none of its size is
+            made. Schedules count ``outer`` as the weight, but its GEMMs are R columns wide: ``retain`` then costs 2 U,
+            ``recompute`` 3 U, and each 1 U less where the hidden states need no gradient, only ``inner``.
         temperature: positive; a number, or a tensor shaped like ``targets`` (no gradient).
         softcap: positive; softcap(u) = softcap·tanh(u/softcap). None for none.
         logit_scale: factor of the raw logits.
         ignore_index: such rows return zeros and get zero gradient, whatever their hidden states hold.
         outputs: any of ``entropy``, ``logsumexp``, ``is_top1``, ``mean_logits``, ``log_sum_sq_probs``.
         schedule: how forward and backward share the work, counted in U = 2·T·D·V flops. Without a gradient to
-            take, every name runs ``forward``, 1 U. ``frozen`` (no gradient for weight and bias) 2 U, keeps ``[T, D]``
-            float32; an entropy gradient that arrives costs 2 U more. ``retain`` 3 U, keeps ``[T, V]``.
+            take, every name runs ``forward``, 1 U. ``frozen`` (no gradient for weight, ``outer`` and bias) 2 U, keeps
+            ``[T, D]`` float32; an entropy gradient that arrives costs 2 U more. ``retain`` 3 U, keeps ``[T, V]``.
             ``recompute`` 4 U, keeps nothing. ``auto`` takes ``frozen`` where it can, else retains the logits of as
             many rows as the budget holds and recomputes the others.
         memory_budget: bytes of logits held at once; 1/16 of the device's memory by default. Tiles have 128 rows and
@@ -267,8 +289,8 @@ def linear_logprobs(
         TypeError: an argument of the wrong Python type.
         ValueError: a shape, dtype, device or value that does not fit; on a CPU, and on a GPU with
             ``PREFCORE_CHECK=1``, a target outside the vocabulary. Unchecked, its statistics are NaN.
-        NotImplementedError: ``process_group``; a temperature that requires a gradient; a sharded weight
-            (DTensor); an implementation that this installation lacks.
+        NotImplementedError: ``process_group``; a temperature that requires a gradient; a weight that does beside
+            ``low_rank``; a sharded weight (DTensor); an implementation that this installation lacks.
         RuntimeError: ``drop_zero_rows`` while a CUDA graph is captured.
 
     Example:
@@ -280,15 +302,20 @@ def linear_logprobs(
     """
     names = check_logit_options(softcap, logit_scale, ignore_index, outputs)
     check_head_tensors(hidden, weight, targets, bias)
+    check_low_rank(low_rank, hidden, weight)
     _check_options(schedule, memory_budget, drop_zero_rows, process_group)
     run = resolve(impl, "linear_logprobs", hidden.device)
-    hidden, weight, bias = autocast_head(hidden, weight, bias)
-    check_head_dtypes(hidden, weight, bias, logits_dtype)
+    hidden, weight, bias, low_rank = autocast_head(hidden, weight, bias, low_rank)
+    check_head_dtypes(hidden, weight, bias, logits_dtype, low_rank)
     check_weight_grad_out(weight_grad_out, weight)
     number, per_row = row_temperature(temperature, targets, hidden)
     grad = torch.is_grad_enabled()
-    bias_grad = bias is not None and bias.requires_grad
-    chosen = _plan.choose(schedule, grad and hidden.requires_grad, grad and (weight.requires_grad or bias_grad))
+    inner, outer = low_rank or (None, None)
+    states_grad, head_grad = (
+        grad and any(x is not None and x.requires_grad for x in tensors)
+        for tensors in ((hidden, inner), (weight, outer, bias))
+    )
+    chosen = _plan.choose(schedule, states_grad, head_grad)
     if run == "reference":
         if schedule != "auto" or memory_budget is not None or weight_grad_out is not None or drop_zero_rows:
             raise NotImplementedError(
@@ -301,6 +328,7 @@ def linear_logprobs(
             weight,
             targets,
             bias=bias,
+            low_rank=low_rank,
             temperature=temperature,
             softcap=softcap,
             logit_scale=logit_scale,
@@ -316,11 +344,13 @@ def linear_logprobs(
         # A compiled graph has fixed the shape of what is retained.
         replan=not torch.compiler.is_compiling(),
     )
-    inputs = hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1).contiguous(), bias, per_row
-    *stats, state = _LinearLogprobs.apply(*inputs, weight_grad_out, drop_zero_rows, run, settings)
+    inner_only = low_rank is not None and not hidden.requires_grad
+    hidden, outer = join_low_rank(hidden, low_rank)
+    inputs = hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1).contiguous(), bias, per_row, outer
+    *stats, state = _LinearLogprobs.apply(*inputs, weight_grad_out, drop_zero_rows, inner_only, run, settings)
     values = list(stats)
     if chosen == "frozen" and settings.entropy:
-        values[1] = _FrozenEntropy.apply(*inputs, values[1], state, drop_zero_rows, run, settings)
+        values[1] = _FrozenEntropy.apply(*inputs, values[1], state, drop_zero_rows, inner_only, run, settings)
     return token_stats(values, names, targets.shape)
 
 

@@ -22,9 +22,11 @@ from prefcore.ops._arguments import (
     check_head_dtypes,
     check_head_tensors,
     check_logit_options,
+    check_low_rank,
     check_memory_budget,
     check_targets,
     check_weight_grad_out,
+    join_low_rank,
     row_temperature,
     stats_settings,
     token_stats,
@@ -52,6 +54,7 @@ def linear_loss(
     normalizer: float | Tensor | None = None,
     outputs: Sequence[str] = (),
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -96,7 +99,8 @@ def linear_loss(
         normalizer: a positive number, or a 0-dim tensor, which is neither differentiated nor read by the host; by
             default the number of losses. Under gradient accumulation give the whole step's.
         outputs: statistics beside ``logps`` that ``loss_fn`` sees, as in :func:`linear_logprobs`.
-        bias, temperature, softcap, logit_scale, ignore_index, logits_dtype: as in :func:`linear_logprobs`.
+        bias, low_rank, temperature, softcap, logit_scale, ignore_index, logits_dtype: as in :func:`linear_logprobs`. Of
+            ``low_rank``, ``outer`` takes the weight's part: its gradient is ``[V, R]``, and 2 U pay for all.
         memory_budget: bytes of logits held at once; 1/16 of the device's memory by default. If it holds fewer than 128
             rows of logits, groups are gathered into larger tiles, which are recomputed.
         weight_grad_out: ``[V, D]``, float32 or of the weight's type: ∂L/∂weight is added to it in place by the
@@ -123,8 +127,8 @@ def linear_loss(
         ValueError: a shape, dtype, device, value or offset that does not fit; losses that change with the tiling, with
             ``PREFCORE_CHECK=1``; a gradient other than ``grad_scale``.
         NotImplementedError: losses that depend on another tensor that requires a gradient; ``weights``, ``normalizer``
-            or a temperature that does; ``process_group``; a sharded weight (DTensor); an implementation that this
-            installation lacks.
+            or a temperature that does; a weight that does beside ``low_rank``; ``process_group``; a sharded weight
+            (DTensor); an implementation that this installation lacks.
         RuntimeError: a backward after one that consumed the gradients; ``drop_zero_rows`` while a CUDA graph is
             captured.
 
@@ -141,13 +145,14 @@ def linear_loss(
     if torch.compiler.is_compiling():  # an arbitrary function of Python cannot be part of a registered operator
         return torch.compiler.disable(linear_loss)(
             hidden, weight, targets, cu_seqlens, loss_fn, cu_groups=cu_groups, weights=weights, normalizer=normalizer,
-            outputs=outputs, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            ignore_index=ignore_index, memory_budget=memory_budget, logits_dtype=logits_dtype,
+            outputs=outputs, bias=bias, low_rank=low_rank, temperature=temperature, softcap=softcap,
+            logit_scale=logit_scale, ignore_index=ignore_index, memory_budget=memory_budget, logits_dtype=logits_dtype,
             weight_grad_out=weight_grad_out, grad_scale=grad_scale, drop_zero_rows=drop_zero_rows,
             process_group=process_group, impl=impl,
         )  # fmt: skip
     names = check_logit_options(softcap, logit_scale, ignore_index, outputs)
     check_head_tensors(hidden, weight, targets, bias)
+    check_low_rank(low_rank, hidden, weight)
     if hidden.ndim != 2:
         raise ValueError(f"expected hidden [T, D], got {tuple(hidden.shape)}")
     if process_group is not None:
@@ -157,8 +162,8 @@ def linear_loss(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
     run = resolve(impl, "linear_loss", hidden.device)
-    hidden, weight, bias = autocast_head(hidden, weight, bias)
-    check_head_dtypes(hidden, weight, bias, logits_dtype)
+    hidden, weight, bias, low_rank = autocast_head(hidden, weight, bias, low_rank)
+    check_head_dtypes(hidden, weight, bias, logits_dtype, low_rank)
     check_weight_grad_out(weight_grad_out, weight)
     number, per_row = row_temperature(temperature, targets, hidden)
     weights = _check_weights(weights, hidden)
@@ -178,13 +183,17 @@ def linear_loss(
             )
         return reference.linear_loss(
             hidden, weight, targets, batch.cu_seqlens, loss_fn, cu_groups=batch.cu_groups, weights=weights,
-            normalizer=normalizer, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            ignore_index=ignore_index, outputs=tuple(names), logits_dtype=logits_dtype,
+            normalizer=normalizer, bias=bias, low_rank=low_rank, temperature=temperature, softcap=softcap,
+            logit_scale=logit_scale, ignore_index=ignore_index, outputs=tuple(names), logits_dtype=logits_dtype,
         )  # fmt: skip
-    grad = torch.is_grad_enabled()
+    inner, outer = low_rank or (None, None)
+    needs = Needs._make(
+        torch.is_grad_enabled() and x is not None and x.requires_grad
+        for x in (hidden, weight if outer is None else outer, bias, inner)
+    )
+    hidden, outer = join_low_rank(hidden, low_rank)
     head = _Head(
-        BACKENDS[run].load(), hidden, weight, targets.contiguous(), bias, per_row,
-        Needs(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))),
+        BACKENDS[run].load(), hidden, weight, targets.contiguous(), bias, per_row, outer, needs,
         HeadSettings(
             **stats_settings(number, softcap, logit_scale, ignore_index, names),
             logits_dtype=logits_dtype,
@@ -301,6 +310,7 @@ class _Head:
     targets: Tensor
     bias: Tensor | None
     temperature: Tensor | None  # [T]
+    outer: Tensor | None  # [V, R], for the hidden states' last R columns
     needs: Needs
     settings: HeadSettings
     names: frozenset[str]
@@ -309,9 +319,14 @@ class _Head:
     def schedule(self, name: str) -> HeadSettings:
         return dataclasses.replace(self.settings, schedule=name)
 
-    def rows(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    @property
+    def trained(self) -> Tensor:
+        """What the weight's gradient is of."""
+        return self.weight if self.outer is None else self.outer
+
+    def rows(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         temperature = None if self.temperature is None else self.temperature[rows]
-        return self.hidden[rows], self.weight, self.targets[rows], self.bias, temperature
+        return self.hidden[rows], self.weight, self.targets[rows], self.bias, temperature, self.outer
 
 
 class _Reduction(NamedTuple):
@@ -366,7 +381,7 @@ def _run(
         loss = (reduction.weigh(losses, 0).sum() / divisor).to(acc)
         gradients = walk.gradients(divisor)
     if any(head.needs):
-        loss = _Deliver.apply(loss, head.hidden, head.weight, head.bias, gradients)
+        loss = _Deliver.apply(loss, head.hidden, head.trained, head.bias, gradients)
     return LinearLoss(loss, losses, stats)
 
 
@@ -397,10 +412,9 @@ class _Tiles:
             head.settings.replan,
         )
         acc = accumulator_dtype(head.hidden.dtype)
-        T, D = head.hidden.shape
         V, device = head.weight.shape[0], head.hidden.device
         dtype = head.hidden.dtype if self.final else acc
-        self.d_hidden = empty(T, D, dtype=dtype, device=device) if head.needs.hidden else None
+        self.d_hidden = empty(*head.hidden.shape, dtype=dtype, device=device) if head.needs.states else None
         self.d_bias = torch.zeros(V, dtype=acc, device=device) if head.needs.bias else None
         self.d_weight: Tensor | None = None
         self.started = False  # whether d_weight holds anything
@@ -409,7 +423,7 @@ class _Tiles:
         elif head.needs.weight:
             # What is neither scaled nor added to any more needs no wider type.
             dtype = head.weight.dtype if self.final and len(self.tiles) == 1 else acc
-            self.d_weight = empty(V, D, dtype=dtype, device=device)
+            self.d_weight = empty(*head.trained.shape, dtype=dtype, device=device)
 
     def step(self, tile: Tile) -> None:
         """Take one tile forward, through the closure, and back."""

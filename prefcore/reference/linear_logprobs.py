@@ -17,6 +17,7 @@ def linear_logprobs(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -24,10 +25,14 @@ def linear_logprobs(
     outputs: Sequence[str] = (),
     logits_dtype: torch.dtype | None = None,
 ) -> TokenStats:
-    """Token statistics of ``hidden @ weight.T + bias``, with the logits materialised."""
+    """Token statistics of ``hidden @ weight.T + inner @ outer.T + bias``, with the logits materialised."""
     dtype = logits_dtype or hidden.dtype
-    hidden = hidden.where((targets != ignore_index)[..., None], 0)  # an ignored row may hold anything
+    scored = (targets != ignore_index)[..., None]
+    hidden = hidden.where(scored, 0)  # an ignored row may hold anything
     logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    if low_rank is not None:
+        inner, outer = low_rank
+        logits = logits + torch.nn.functional.linear(inner.where(scored, 0).to(dtype), outer.to(dtype))
     return logprobs(
         logits,
         targets,

@@ -95,6 +95,7 @@ def head(
     inputs = (
         *(empty(T, D, dtype=dtype), empty(V, D, dtype=dtype), empty(T, dtype=torch.int64)),
         *(empty(V, dtype=dtype), empty(T, dtype=wide)),
+        None,
     )
     stats, saved = _walk.forward(KERNELS, *inputs, chosen)
     assert stats.logps.device.type == DEVICE

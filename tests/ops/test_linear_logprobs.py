@@ -525,7 +525,7 @@ def test_operators_are_registered_soundly(schedule, outputs, impl):
     number, per_row = 1.0, case.options["temperature"]
     flags = [name in outputs for name in ALL]
     scalars = (number, 3.0, 1.0, IGNORE, *flags, None, schedule, None, True)
-    inputs = (case.hidden, case.weight, case.targets, case.bias, per_row)
+    inputs = (case.hidden, case.weight, case.targets, case.bias, per_row, None)
     torch.library.opcheck(OPERATORS[impl].forward, (*inputs, *scalars))
     if schedule == "forward":
         return
@@ -537,10 +537,10 @@ def test_operators_are_registered_soundly(schedule, outputs, impl):
     )
     if train:
         saved = OPERATORS[impl].forward(*low, *scalars)
-        needs = (False, True, True, False, None)
+        needs = (False, True, True, False, False, None)
         torch.library.opcheck(OPERATORS[impl].backward, (*grads, *low, saved[1], *saved[6:], *needs, *scalars))
     for out in (None, torch.zeros(50, 8) if train else None):
-        arguments = (*grads, *inputs, stats[1], *stats[6:], True, train, train, False, out, *scalars)
+        arguments = (*grads, *inputs, stats[1], *stats[6:], True, train, train, False, False, out, *scalars)
         torch.library.opcheck(OPERATORS[impl].backward, arguments)
 
 

@@ -94,7 +94,7 @@ def test_the_call_does_what_the_plan_says(budget, outputs):
     settings = _walk.HeadSettings(
         1.0, None, 1.0, -100, "entropy" in outputs, False, False, False, False, None, schedule, budget, True
     )
-    inputs = torch.randn(rows, width), torch.randn(vocab, width), torch.randint(vocab, (rows,)), None, None
+    inputs = torch.randn(rows, width), torch.randn(vocab, width), torch.randint(vocab, (rows,)), None, None, None
     retained = OPERATORS["cpu"].forward(*inputs, *settings.flat())[7]
     assert retained.shape[0] == made.tiles.retained
     bounds = _walk.limits(inputs[0], inputs[1], settings)
