@@ -225,6 +225,7 @@ def plan(
     schedule: Schedule | Literal["loop"] = "auto",
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    low_rank: int | None = None,
     groups: Sequence[int] | None = None,
     divergence: Kind | None = None,
     other_D: int | None = None,
@@ -246,6 +247,8 @@ def plan(
         schedule: as in ``linear_logprobs``, or ``loop`` for ``linear_loss``.
         memory_budget: bytes of logits held at once.
         logits_dtype: as in ``linear_logprobs``.
+        low_rank: the rank R of ``low_rank`` in ``linear_logprobs`` or ``linear_loss``. ``weight_requires_grad`` is then
+            that of ``outer`` or the bias, and ``inner`` is taken to need a gradient where any other does.
         groups: for ``loop``, the number of rows of each group; by default each row is one.
         divergence: the kind, for a call of ``linear_divergence``; ``outputs`` are then those of that.
         other_D: hidden size of the other side of a divergence; by default ``D``.
@@ -268,7 +271,10 @@ def plan(
     check_float("dtype", dtype)
     check_logits_dtype(dtype, logits_dtype)
     check_memory_budget(memory_budget)
+    _check_rank(low_rank)
     if divergence is not None:
+        if low_rank is not None:
+            raise NotImplementedError("low_rank: of a divergence no plan is made with one yet; pass None")
         return _plan_pair(
             T, D, V, dtype, _device(device, memory_budget), hidden_requires_grad, weight_requires_grad, outputs,
             schedule, memory_budget, logits_dtype, groups, divergence, other_D, other_hidden_requires_grad,
@@ -284,33 +290,37 @@ def plan(
     kinds = types(device, dtype, logits_dtype)
     raw = bool({"entropy", "logsumexp"} & names)
     bounds = limits(V, kinds, raw, device, chosen, memory_budget)
+    head = _Products.of(D, low_rank, hidden_requires_grad, weight_requires_grad)
     if chosen == "loop":
-        return _plan_loop(T, D, V, dtype, kinds, raw, bounds, offsets, hidden_requires_grad, weight_requires_grad)
+        return _plan_loop(T, V, dtype, kinds, raw, bounds, offsets, head)
     retained = min(T, bounds.retained_rows) if chosen in ("auto", "retain") else 0
     rows, cols = min(T, bounds.tile_rows), bounds.tile_cols
     walked = T - retained
     slices = -(-V // cols)
 
-    unit = 2 * T * D * V
-    grads = hidden_requires_grad + weight_requires_grad
+    columns, unit = sum(head.logits), 2 * T * V * sum(head.logits)
     size, tile_size, kept_size = kinds.operand.itemsize, kinds.tile.itemsize, kinds.kept(raw).itemsize
-    gemm = (T * D * slices + V * D) * size + T * V * tile_size
     tile_pass = T * V * tile_size
-    accumulator = T * D * max(4, size)
+    operands = (T * slices + V) * size  # per column
+    gemm = columns * operands + head.logits_passes * tile_pass
+    accumulator = T * columns * max(4, size)
     if chosen == "forward":
         flops, traffic, peak = unit, gemm + tile_pass, rows * cols * tile_size
         name, reason = "forward", "no gradient is wanted: one sweep over the vocabulary"
     elif chosen == "frozen":
-        flops, traffic = 2 * unit, 2 * gemm + 3 * tile_pass + 2 * slices * accumulator
+        flops = 2 * unit
+        traffic = 2 * columns * operands + (head.logits_passes + len(head.logits) + 3) * tile_pass
+        traffic += 2 * slices * accumulator
         peak = rows * cols * (tile_size + (size if tile_size != size else 0)) + accumulator
         name, reason = (
             "frozen",
             "neither weight nor bias needs a gradient: the forward finds all the backward needs",
         )
     else:
-        recomputed = 2 * walked * D * V
-        flops = unit * (1 + grads) + recomputed
-        traffic = gemm * (1 + grads) + (walked * D * slices + V * D) * size + 3 * tile_pass
+        gradients = head.hidden + head.weight
+        flops = unit + 2 * T * V * sum(gradients) + 2 * walked * V * columns
+        traffic = gemm + sum(gradients) * operands + len(gradients) * tile_pass
+        traffic += (walked * slices + V) * columns * size + 3 * tile_pass
         scratch = rows * cols * tile_size if walked or raw else 0
         peak = retained * V * kept_size + scratch + 2 * accumulator
         name, reason = _retention(
@@ -403,10 +413,40 @@ def _group_offsets(T: int, schedule: str, groups: Sequence[int] | None) -> Seque
     return (0, *itertools.accumulate(groups))
 
 
+class _Products(NamedTuple):
+    """Of each GEMM of the head, the side that is neither tokens nor vocabulary."""
+
+    logits: tuple[int, ...]
+    hidden: tuple[int, ...]  # the gradient of the hidden states
+    weight: tuple[int, ...]
+
+    @classmethod
+    def of(cls, D: int, low_rank: int | None, hidden_grad: bool, weight_grad: bool) -> _Products:
+        if low_rank is None:
+            return cls((D,), (D,) * hidden_grad, (D,) * weight_grad)
+        R = -(-low_rank // 8) * 8  # as join_low_rank fills it up
+        return cls((R, D), (D, R) if hidden_grad else (R,) * weight_grad, (R,) * weight_grad)
+
+    @property
+    def logits_passes(self) -> int:
+        """How often the GEMMs that make logits go over them: one after the first reads and writes."""
+        return 2 * len(self.logits) - 1
+
+
+def _check_rank(low_rank: int | None) -> None:
+    if low_rank is None:
+        return
+    if type(low_rank) is not int:
+        raise TypeError(f"low_rank must be an int or None, got {type(low_rank).__name__}")
+    if low_rank < 1:
+        raise ValueError(f"expected low_rank >= 1, got {low_rank}")
+
+
 def _plan_loop(
-    T: int, D: int, V: int, dtype: torch.dtype, kinds: Types, raw: bool, bounds: Limits, offsets: Sequence[int],
-    hidden_grad: bool, weight_grad: bool,
+    T: int, V: int, dtype: torch.dtype, kinds: Types, raw: bool, bounds: Limits, offsets: Sequence[int],
+    head: _Products,
 ) -> Plan:  # fmt: skip
+    weight_grad, columns = bool(head.weight), sum(head.logits)
     tiles = [offsets[stop] - offsets[start] for start, stop in loop_tiles(offsets, loop_rows(bounds))]
     # A tile runs `frozen`, which keeps no logits, where that costs nothing more.
     keeps = weight_grad or raw
@@ -414,16 +454,17 @@ def _plan_loop(
     again = sum(rows - bounds.retained_rows for rows in larger) if weight_grad else 0
     fit = [min(rows, bounds.retained_rows) for rows in tiles if weight_grad or rows <= bounds.retained_rows]
     held = max(fit, default=0) if keeps else 0
-    grads = hidden_grad + weight_grad
-    flops = 2 * D * V * (T * (1 + grads) + again)
+    every = head.logits + head.hidden + head.weight
+    flops = 2 * V * (T * sum(every) + again * columns)
 
     size, tile_size, kept_size = kinds.operand.itemsize, kinds.tile.itemsize, kinds.kept(raw).itemsize
     wide = max(4, size)
     count, most = len(tiles), max(tiles, default=0)
-    sweeps = (1 + grads) * (T * D + count * V * D) + again * D * -(-V // bounds.tile_cols)
-    traffic = sweeps * size + ((1 + grads) * T + again) * V * tile_size + 3 * T * V * tile_size
-    sums = (T * D if hidden_grad else 0) + (V * D if weight_grad else 0)
-    traffic += wide * (T * D + 2 * count * V * D if weight_grad else T * D)
+    sweeps = sum(every) * (T + count * V) + again * columns * -(-V // bounds.tile_cols)
+    passes = T * (head.logits_passes + len(head.hidden + head.weight) + 3) + again * head.logits_passes
+    traffic = sweeps * size + passes * V * tile_size
+    sums = (T * columns if head.hidden else 0) + V * sum(head.weight)
+    traffic += wide * (T * columns + 2 * count * V * sum(head.weight))
     scratch = 0
     if larger or raw or not keeps or kept_size != tile_size:
         scratch = (
@@ -431,7 +472,7 @@ def _plan_loop(
         )
     # What is kept until the backward is returned by it where it has the type of the inputs.
     kept = 0 if wide == dtype.itemsize else sums * wide
-    peak = held * V * kept_size + scratch + kept + 2 * most * D * wide
+    peak = held * V * kept_size + scratch + kept + 2 * most * columns * wide
     reason = f"{count} tile(s) of whole groups, of {most} rows at most"
     if larger:
         reason += f"; {len(larger)} of them exceed the {bounds.retained_rows} rows that fit the budget"

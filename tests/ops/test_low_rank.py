@@ -439,9 +439,35 @@ def opened(monkeypatch):
 @pytest.mark.usefixtures("opened")
 def test_work_is_what_the_schedule_says(op, arguments, trained, of_weight, of_outer):
     """Products of the size of the head, and of its low-rank part, whose rank is filled up to eight."""
-    T, V, D, R = 60, 20000, 64, 8
+    T, V, D, R = 60, 20000, 64, 5
     case = make(T, V, D, R, plain=True, ignored="none", trained=trained)
-    assert watch(case, op, **arguments).flops == 2 * T * V * (of_weight * D + of_outer * R)
+    expected = 2 * T * V * (of_weight * D + of_outer * 8)
+    assert watch(case, op, **arguments).flops == expected
+    options = {"schedule": "loop"} if op == "linear_loss" else arguments
+    made = prefcore.plan(
+        T, D, V, dtype=torch.float32, device="cpu", low_rank=R, hidden_requires_grad="hidden" in trained,
+        weight_requires_grad="outer" in trained, **options,
+    )  # fmt: skip
+    assert made.flops == expected
+
+
+def test_a_plan_counts_what_is_recomputed_and_kept():
+    T, D, V, R = 4096, 4096, 128256, 16
+    made = prefcore.plan(T, D, V, low_rank=R, schedule="loop", memory_budget=0)
+    assert made.flops == 2 * T * V * (3 * D + 4 * R)
+    mixed = prefcore.plan(T, D, V, low_rank=R, memory_budget=2048 * V * 2 * 8 // 7 + V * 2)
+    assert mixed.tiles.retained == 2048
+    assert mixed.flops == 2 * T * V * (2 * D + 3 * R) + 2 * 2048 * V * (D + R)
+    dense = prefcore.plan(T, D, V, schedule="loop", memory_budget=2**30)
+    loop = prefcore.plan(T, D, V, low_rank=R, schedule="loop", memory_budget=2**30)
+    assert dense.peak_bytes - loop.peak_bytes > 4 * V * D * 0.9, "no gradient of the weight's size is kept"
+    assert loop.bytes < dense.bytes
+
+
+@pytest.mark.parametrize(("rank", "error"), [(0, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_a_plan_refuses_what_is_no_rank(rank, error):
+    with pytest.raises(error, match="low_rank"):
+        prefcore.plan(10, 8, 100, memory_budget=10**6, low_rank=rank)
 
 
 @WORK
