@@ -44,10 +44,15 @@ class LinearPairSettings(PairSettings):
 class HeadInputs(NamedTuple):
     """One side's."""
 
-    hidden: Tensor  # [T, D]
+    hidden: Tensor  # [T, D], or with outer [T, D + R]
     weight: Tensor  # [V, D]
     bias: Tensor | None
     temperature: Tensor | None  # [T]
+    outer: Tensor | None  # [V, R], which then has the gradient that is called the weight's
+
+    @property
+    def trained(self) -> Tensor:
+        return self.weight if self.outer is None else self.outer
 
 
 class PairSaved(NamedTuple):
@@ -86,7 +91,7 @@ class _Pair:
     ) -> None:
         self.kernels, self.spec = kernels, settings.spec
         self.heads = tuple(
-            Operands(side.hidden, side.weight, targets, side.bias, side.temperature, None, own)
+            Operands(side.hidden, side.weight, targets, side.bias, side.temperature, side.outer, own)
             for side, own in zip((p, q), settings.heads, strict=True)
         )
         self.targets, self.rows, self.vocab = self.heads[0].targets, self.heads[0].rows, p.weight.shape[0]
@@ -231,16 +236,16 @@ def _alone(
     kernels: Kernels, grads: tuple, side: HeadInputs, targets: Tensor, entropy: Tensor, saved: Saved, needs: Needs,
     drop_zero_rows: bool, into: Into, settings: HeadSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    hidden, weight, bias, temperature = side
+    hidden, weight, bias, temperature, outer = side
     if not any(needs) or all(g is None for g in grads):
         returned = needs.weight and into.weight is None
         return (
-            hidden.new_zeros(hidden.shape if needs.hidden else (0, hidden.shape[1])),
-            weight.new_zeros(weight.shape if returned else (0,)),
+            hidden.new_zeros(hidden.shape if needs.states else (0, hidden.shape[1])),
+            side.trained.new_zeros(side.trained.shape if returned else (0,)),
             weight.new_zeros((weight.shape[0] if needs.bias else 0,)),
         )
     return _walk.backward(
-        kernels.rows, grads, hidden, weight, targets, bias, temperature, None, entropy, saved, needs, drop_zero_rows,
+        kernels.rows, grads, hidden, weight, targets, bias, temperature, outer, entropy, saved, needs, drop_zero_rows,
         into, settings,
     )  # fmt: skip
 

@@ -16,9 +16,11 @@ from prefcore.ops._arguments import (
     autocast_head,
     check_head_dtypes,
     check_head_tensors,
+    check_low_rank,
     check_memory_budget,
     check_targets,
     check_weight_grad_out,
+    join_low_rank,
 )
 from prefcore.ops._autograd import once_differentiable
 from prefcore.ops._backends import BACKENDS, Backend
@@ -32,7 +34,7 @@ from prefcore.ops._walk import Into, Needs
 
 Schedule = Literal["auto", "forward", "retain", "recompute"]
 
-_SIDE = "Tensor {0}hidden, Tensor {0}weight, Tensor? {0}bias, Tensor? {0}temperature"
+_SIDE = "Tensor {0}hidden, Tensor {0}weight, Tensor? {0}bias, Tensor? {0}temperature, Tensor? {0}outer"
 _INPUTS = f"{_SIDE.format('')}, {_SIDE.format('other_')}, Tensor targets"
 _GRADS = ", ".join(f"Tensor? g_{name}" for name in PairGrads._fields)
 _SAVED = ", ".join(f"Tensor {name}" for name in (*RowPair._fields, *PairSaved._fields))
@@ -43,7 +45,7 @@ _OUTPUTS = len(RowPair._fields) + len(PairSaved._fields)
 
 def _read(inputs: Sequence[Any]) -> tuple[HeadInputs, HeadInputs, Tensor, LinearPairSettings]:
     """Inputs and settings, as they lie in an operator's arguments."""
-    return HeadInputs(*inputs[:4]), HeadInputs(*inputs[4:8]), inputs[8], LinearPairSettings(*inputs[9:])
+    return HeadInputs(*inputs[:5]), HeadInputs(*inputs[5:10]), inputs[10], LinearPairSettings(*inputs[11:])
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -72,7 +74,7 @@ class _BackwardArguments(NamedTuple):
             return tuple(next(left) for _ in range(count))
 
         return cls(
-            PairGrads(*take(5)), take(9), RowPair(*take(6)), PairSaved(*take(2)), (Needs(*take(4)), Needs(*take(4))),
+            PairGrads(*take(5)), take(11), RowPair(*take(6)), PairSaved(*take(2)), (Needs(*take(4)), Needs(*take(4))),
             next(left), (next(left), next(left)), tuple(left),
         )  # fmt: skip
 
@@ -86,11 +88,12 @@ class _BackwardArguments(NamedTuple):
 def _backward_fake(*arguments: Any) -> list[Tensor]:
     call = _BackwardArguments.read(arguments)
     results = []
-    for hidden, weight, needs, out in zip(call.inputs[0:8:4], call.inputs[1:8:4], call.needs, call.outs, strict=True):
-        returned = needs.weight and out is None
+    for inputs, needs, out in zip((call.inputs[:5], call.inputs[5:10]), call.needs, call.outs, strict=True):
+        side, returned = HeadInputs(*inputs), needs.weight and out is None
+        hidden, weight = side.hidden, side.weight
         results += [
-            hidden.new_empty(hidden.shape if needs.hidden else (0, hidden.shape[1])),
-            weight.new_empty(weight.shape if returned else (0,)),
+            hidden.new_empty(hidden.shape if needs.states else (0, hidden.shape[1])),
+            side.trained.new_empty(side.trained.shape if returned else (0,)),
             weight.new_empty((weight.shape[0] if needs.bias else 0,)),
         ]
     return results
@@ -157,47 +160,57 @@ OPERATORS = {impl: _register(impl) for impl in BACKENDS}
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *inputs, out, other_out, drop_zero_rows, impl, settings = arguments
+        *inputs, out, other_out, drop_zero_rows, inner_only, impl, settings = arguments
         ctx.set_materialize_grads(False)
         outputs = OPERATORS[impl].forward(*inputs, *settings.flat())
         stats, saved = RowPair(*outputs[:6]), PairSaved(*outputs[6:])
         ctx.save_for_backward(*inputs, *stats, *saved)
         # The buffers are not saved through autograd: others may add to them between forward and backward.
-        ctx.options = (out, other_out), drop_zero_rows, impl, settings
+        ctx.options = (out, other_out), drop_zero_rows, inner_only, impl, settings
         return tuple(stats[:5])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        outs, drop_zero_rows, impl, settings = ctx.options
+        outs, drop_zero_rows, inner_only, impl, settings = ctx.options
         # Traced, an output that was not wanted receives an empty gradient instead of none.
         found = PairGrads(*(g if want else None for g, want in zip(grads, settings.wanted[:5], strict=True)))
-        nothing: tuple[None, ...] = (None,) * 14
+        nothing: tuple[None, ...] = (None,) * 17
         if all(g is None for g in found):
             return nothing
         saved = ctx.saved_tensors
         if drop_zero_rows and saved[0].is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("drop_zero_rows=True reads a count back from the device, which a graph cannot capture")
-        needed = ctx.needs_input_grad
-        needs = Needs(needed[0], needed[1], needed[2]), Needs(needed[4], needed[5], needed[6])
+
+        def wanted(first: int, side: HeadInputs, inner_only: bool) -> Needs:
+            hidden, weight, bias, _, outer = ctx.needs_input_grad[first : first + 5]
+            low_rank = side.outer is not None
+            return Needs(hidden and not inner_only, outer if low_rank else weight, bias, hidden and low_rank)
+
+        sides = HeadInputs(*saved[:5]), HeadInputs(*saved[5:10])
+        needs = wanted(0, sides[0], inner_only[0]), wanted(5, sides[1], inner_only[1])
         call = _BackwardArguments(
-            found, saved[:9], RowPair(*saved[9:15]), PairSaved(*saved[15:]), needs, drop_zero_rows, outs,
+            found, saved[:11], RowPair(*saved[11:17]), PairSaved(*saved[17:]), needs, drop_zero_rows, outs,
             settings.flat(),
         )  # fmt: skip
-        d_p, d_w, d_b, d_other, d_other_w, d_other_b = OPERATORS[impl].backward(*call.flat())
+        gradients = OPERATORS[impl].backward(*call.flat())
         for out in outs:
             if out is not None:
                 torch.autograd.graph.increment_version(out)
 
-        def given(gradient: Tensor, need: bool, out: Tensor | None = None) -> Tensor | None:
-            return gradient if need and out is None else None
+        def given(side: HeadInputs, need: Needs, out: Tensor | None, found: Sequence[Tensor]) -> tuple:
+            d_hidden, d_trained, d_bias = (
+                gradient if wanted else None
+                for gradient, wanted in zip(found, (need.states, need.weight and out is None, need.bias), strict=True)
+            )
+            d_weight, d_outer = (d_trained, None) if side.outer is None else (None, d_trained)
+            return d_hidden, d_weight, d_bias, None, d_outer
 
-        p, q = needs
         return (
-            given(d_p, p.hidden), given(d_w, p.weight, outs[0]), given(d_b, p.bias), None,
-            given(d_other, q.hidden), given(d_other_w, q.weight, outs[1]), given(d_other_b, q.bias), None,
-            *nothing[8:],
-        )  # fmt: skip
+            *given(sides[0], needs[0], outs[0], gradients[:3]),
+            *given(sides[1], needs[1], outs[1], gradients[3:]),
+            *nothing[10:],
+        )
 
 
 def linear_divergence(
@@ -211,10 +224,12 @@ def linear_divergence(
     alpha: float | None = None,
     beta: float | None = None,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     other_bias: Tensor | None = None,
+    other_low_rank: tuple[Tensor, Tensor] | None = None,
     other_temperature: float | Tensor | Same = "same",
     other_softcap: float | Same | None = "same",
     other_logit_scale: float | Same = "same",
@@ -263,6 +278,8 @@ def linear_divergence(
             the mixture: where q is the teacher, the beta of GKD and of TRL, the teacher's share, is 1 - ``beta``. Near
             0 and 1 rounding errors of ``alpha`` grow by 1/(alpha·(1 - alpha)); its limits are the KLs.
         bias, other_bias: ``[V]`` or None, of the weights' type.
+        low_rank, other_low_rank: ``(inner [..., R], outer [V, R])`` or None, of either side, as in
+            :func:`prefcore.linear_logprobs`: ``outer`` trains in place of that side's weight.
         temperature, softcap, logit_scale: as in :func:`prefcore.linear_logprobs`.
         other_temperature, other_softcap, other_logit_scale: of the other side; by default the same as the first's.
         ignore_index: such rows return zeros and get zero gradients, whatever their hidden states hold.
@@ -288,8 +305,8 @@ def linear_divergence(
         ValueError: a shape, dtype, device or value that does not fit, vocabularies of different sizes among them; on a
             CPU, and on a GPU with ``PREFCORE_CHECK=1``, a target outside the vocabulary. Unchecked, that row's
             log-probabilities and gradients are NaN.
-        NotImplementedError: ``process_group``; a temperature that requires a gradient; a sharded weight
-            (DTensor); an implementation that this installation lacks.
+        NotImplementedError: ``process_group``; a temperature that requires a gradient; a weight that does beside its
+            low-rank part; a sharded weight (DTensor); an implementation that this installation lacks.
         RuntimeError: ``drop_zero_rows`` while a CUDA graph is captured.
 
     Example:
@@ -304,12 +321,16 @@ def linear_divergence(
     rows = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device) if targets is None else targets
     check_head_tensors(hidden, weight, rows, bias)
     _check_other(hidden, weight, other_hidden, other_weight, rows, other_bias)
+    check_low_rank(low_rank, hidden, weight)
+    check_low_rank(other_low_rank, other_hidden, other_weight, "other_low_rank")
     _check_options(schedule, memory_budget, drop_zero_rows, process_group)
     run = resolve(impl, "linear_divergence", hidden.device)
-    hidden, weight, bias, _ = autocast_head(hidden, weight, bias, None)
-    other_hidden, other_weight, other_bias, _ = autocast_head(other_hidden, other_weight, other_bias, None)
-    check_head_dtypes(hidden, weight, bias, logits_dtype, None)
-    check_head_dtypes(other_hidden, other_weight, other_bias, logits_dtype, None)
+    hidden, weight, bias, low_rank = autocast_head(hidden, weight, bias, low_rank)
+    other_hidden, other_weight, other_bias, other_low_rank = autocast_head(
+        other_hidden, other_weight, other_bias, other_low_rank
+    )
+    check_head_dtypes(hidden, weight, bias, logits_dtype, low_rank)
+    check_head_dtypes(other_hidden, other_weight, other_bias, logits_dtype, other_low_rank)
     if other_hidden.dtype != hidden.dtype:
         raise ValueError(f"expected both sides of one dtype, got {hidden.dtype} and {other_hidden.dtype}; convert one")
     check_weight_grad_out(weight_grad_out, weight)
@@ -334,20 +355,27 @@ def linear_divergence(
         check_targets(rows.reshape(-1), weight.shape[0], ignore_index, None)
         return reference.linear_divergence(
             hidden, weight, other_hidden, other_weight, targets, kind=kind, bias=bias, other_bias=other_bias,
+            low_rank=low_rank, other_low_rank=other_low_rank,
             alpha=divergence.mixture, beta=divergence.mixture, ignore_index=ignore_index, logits_dtype=logits_dtype,
             temperature=temperature, softcap=softcap, logit_scale=logit_scale, outputs=tuple(names),
             other_temperature=temperature if other_temperature == "same" else other_temperature,
             other_softcap=other.softcap, other_logit_scale=other.logit_scale,
         )  # fmt: skip
     # Dynamo does not trace a function that gets one tensor twice, such as a head that both sides share, or its buffer.
+    inner_only = tuple(
+        part is not None and not states.requires_grad
+        for states, part in ((hidden, low_rank), (other_hidden, other_low_rank))
+    )
+    hidden, outer = join_low_rank(hidden, low_rank)
+    other_hidden, other_outer = join_low_rank(other_hidden, other_low_rank)
     flat, other_flat = (x.reshape(-1, x.shape[-1]) for x in (hidden, other_hidden))
     sides = [
-        (flat, weight, bias, first.temperatures),
+        (flat, weight, bias, first.temperatures, outer),
         tuple(
             y.view_as(y) if y is not None and y is x else y
             for x, y in zip(
-                (flat, weight, bias, first.temperatures),
-                (other_flat, other_weight, other_bias, other.temperatures),
+                (flat, weight, bias, first.temperatures, outer),
+                (other_flat, other_weight, other_bias, other.temperatures, other_outer),
                 strict=True,
             )
         ),
@@ -356,8 +384,8 @@ def linear_divergence(
         other_weight_grad_out = other_weight_grad_out.view_as(other_weight_grad_out)
     options, outs = [first, other], (weight_grad_out, other_weight_grad_out)
     if divergence.exchanged:
-        sides, options, outs = sides[::-1], options[::-1], outs[::-1]
-    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for side in sides for x in side[:3])
+        sides, options, outs, inner_only = sides[::-1], options[::-1], outs[::-1], inner_only[::-1]
+    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for side in sides for x in side)
     settings = LinearPairSettings(
         **pair_settings(divergence, (options[0], options[1]), ignore_index, names),
         logits_dtype=logits_dtype,
@@ -367,7 +395,7 @@ def linear_divergence(
         replan=not torch.compiler.is_compiling(),
     )
     values = _LinearDivergence.apply(
-        *sides[0], *sides[1], rows.reshape(-1).contiguous(), *outs, drop_zero_rows, run, settings
+        *sides[0], *sides[1], rows.reshape(-1).contiguous(), *outs, drop_zero_rows, inner_only, run, settings
     )
     return pair_stats(values, divergence, names, targets is not None, rows)
 

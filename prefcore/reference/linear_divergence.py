@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prefcore._types import PairStats
 from prefcore.reference.divergence import divergence
+from prefcore.reference.linear_logprobs import logits
 
 
 def linear_divergence(
@@ -20,21 +21,21 @@ def linear_divergence(
     *,
     bias: Tensor | None = None,
     other_bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    other_low_rank: tuple[Tensor, Tensor] | None = None,
     ignore_index: int = -100,
     logits_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> PairStats:
-    """:func:`divergence` of the logits ``hidden @ weight.T + bias`` of both sides; ``options`` are its own."""
+    """:func:`divergence` of both sides' logits, as :func:`linear_logprobs` has them; ``options`` are its own."""
 
-    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = logits_dtype or hidden.dtype
-        if targets is not None:
-            hidden = hidden.where((targets != ignore_index)[..., None], 0)  # an ignored row may hold anything
-        return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    def side(hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None) -> Tensor:
+        scored = None if targets is None else targets != ignore_index
+        return logits(hidden, weight, bias, low_rank, scored, logits_dtype)
 
     return divergence(
-        logits(hidden, weight, bias),
-        logits(other_hidden, other_weight, other_bias),
+        side(hidden, weight, bias, low_rank),
+        side(other_hidden, other_weight, other_bias, other_low_rank),
         targets,
         ignore_index=ignore_index,
         **options,

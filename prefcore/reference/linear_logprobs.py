@@ -11,6 +11,28 @@ from prefcore._types import TokenStats
 from prefcore.reference.logprobs import logprobs
 
 
+def logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_rank: tuple[Tensor, Tensor] | None,
+    scored: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """``hidden @ weight.T + inner @ outer.T + bias`` in ``dtype``, that of hidden by default.
+
+    An ignored row may hold anything: where ``scored [...]`` is given, what it does not name counts as zeros.
+    """
+    dtype = dtype or hidden.dtype
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = x if scored is None else x.where(scored[..., None], 0)
+        return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    made = linear(hidden, weight, bias)
+    return made if low_rank is None else made + linear(*low_rank)
+
+
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -26,15 +48,8 @@ def linear_logprobs(
     logits_dtype: torch.dtype | None = None,
 ) -> TokenStats:
     """Token statistics of ``hidden @ weight.T + inner @ outer.T + bias``, with the logits materialised."""
-    dtype = logits_dtype or hidden.dtype
-    scored = (targets != ignore_index)[..., None]
-    hidden = hidden.where(scored, 0)  # an ignored row may hold anything
-    logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    if low_rank is not None:
-        inner, outer = low_rank
-        logits = logits + torch.nn.functional.linear(inner.where(scored, 0).to(dtype), outer.to(dtype))
     return logprobs(
-        logits,
+        logits(hidden, weight, bias, low_rank, targets != ignore_index, logits_dtype),
         targets,
         temperature=temperature,
         softcap=softcap,

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import prefcore
 from prefcore import _impl, reference
+from prefcore.ops import _walk
 from prefcore.ops._backends import BACKENDS
 from prefcore.ops.linear_logprobs import OPERATORS, _Launchers, _Operators
 from prefcore.testing import assert_no_worse_than
@@ -581,3 +582,145 @@ def test_frozen_refuses_an_outer_factor_that_trains():
     arguments["low_rank"][1].requires_grad_()
     with pytest.raises(ValueError, match="frozen"):
         prefcore.linear_logprobs(**arguments, schedule="frozen")
+
+
+PAIR = ("hidden", "inner", "outer", "bias", "other_hidden", "other_inner", "other_outer", "other_bias")
+
+
+def make_pair(T: int, V: int, dtype: torch.dtype, trained: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Both sides' tensors, of other widths and ranks."""
+    first = make(T, V, 8, 3, dtype, trained=trained).tensors
+    other = make(T, V, 6, 9, dtype, trained=trained).tensors
+    both = first | {f"other_{name}": x for name, x in other.items()}
+    return {name: (x / 2).requires_grad_(name in trained) for name, x in both.items()}
+
+
+def run_pair(op: Any, tensors: dict, targets: torch.Tensor | None, trained: tuple, joined: bool = False, **arguments):
+    given = {name: x.detach().requires_grad_(name in trained) for name, x in tensors.items()}
+    call = dict(given)
+    for prefix in ("", "other_"):
+        inner, outer = call.pop(f"{prefix}inner"), call.pop(f"{prefix}outer")
+        if joined:
+            call[f"{prefix}hidden"] = torch.cat((call[f"{prefix}hidden"], inner), -1)
+            call[f"{prefix}weight"] = torch.cat((call[f"{prefix}weight"], outer), -1)
+        else:
+            call[f"{prefix}low_rank"] = inner, outer
+    stats = op(**call, targets=targets, outputs=("entropy", "other_entropy"), other_softcap=2.0, **arguments)
+    named = {name: x for name, x in stats._asdict().items() if x is not None}
+    weights = torch.linspace(-1, 2, stats.divergence.shape[0], dtype=torch.float64)
+    loss = sum((x * weights * (1 + 0.3 * k)).sum() for k, x in enumerate(named.values()) if x.requires_grad)
+    grads = torch.autograd.grad(loss, [given[name] for name in trained], allow_unused=True)
+    return {k: x.detach() for k, x in named.items()} | {
+        f"d_{k}": torch.zeros_like(given[k]) if g is None else g for k, g in zip(trained, grads, strict=True)
+    }
+
+
+def check_pair(kind: str, impl: str, trained: tuple[str, ...], T: int = 150, V: int = 1300, **arguments: Any) -> None:
+    tensors, targets = make_pair(T, V, torch.float32, trained), make(T, V).targets
+    for name in ("hidden", "inner", "other_inner"):
+        tensors[name].detach()[targets == IGNORE] = torch.nan
+    wide = {name: x.detach().double() for name, x in tensors.items()}
+    truth = run_pair(reference.linear_divergence, wide, targets, trained, joined=True, kind=kind)
+    eager = run_pair(reference.linear_divergence, tensors, targets, trained, joined=True, kind=kind)
+    actual = run_pair(prefcore.linear_divergence, tensors, targets, trained, kind=kind, impl=impl, **arguments)
+    kept = targets != IGNORE
+    logits = max(
+        (wide[f"{side}hidden"] @ wide[f"{side}weight"].t())[kept].abs().max().item()
+        + (wide[f"{side}inner"] @ wide[f"{side}outer"].t())[kept].abs().max().item()
+        for side in ("", "other_")
+    )
+    eps = torch.finfo(torch.float32).eps
+    for name, value in actual.items():
+        # As a logit's rounding; of a gradient relative to its own size.
+        size = max(1.0, logits) * (max(1.0, truth[name].abs().max().item()) if name.startswith("d_") else 1.0)
+        assert_no_worse_than(value, eager[name], truth[name], name, band=eps * size * 4)  # 1/(alpha·(1 - alpha))
+
+
+@pytest.mark.parametrize("kind", ["kl_pq", "kl_qp", "js", "alpha", "tv"])
+@pytest.mark.parametrize(
+    "trained",
+    [PAIR, PAIR[:4], PAIR[4:], ("inner", "outer"), ("hidden", "other_outer"), ("other_inner", "other_outer", "bias")],
+    ids="-".join,
+)
+def test_a_divergence_of_either_side_or_both(trained, kind):
+    check_pair(kind, "cpu", trained)
+    check_pair(kind, "cpu", trained, memory_budget=TINY)
+
+
+@pytest.mark.parametrize("kind", ["kl_qp", "js"])
+@pytest.mark.parametrize("impl", [pytest.param("triton", marks=interpreted), "reference"])
+def test_a_divergence_in_every_implementation(impl, kind):
+    check_pair(kind, impl, PAIR, T=7, V=300)
+
+
+@pytest.mark.parametrize("kind", ["kl_qp", "tv"])
+def test_a_policy_may_share_its_weight_and_its_factors_with_the_other_side(kind):
+    tensors = make_pair(20, 300, torch.float64, ())
+    hidden, weight, inner, outer, other = (
+        tensors[k] for k in ("hidden", "weight", "inner", "outer", "hidden")
+    )  # fmt: skip
+    results = []
+    for copied in (False, True):
+        factor, state = outer.clone().requires_grad_(), hidden.clone().requires_grad_()
+        second = factor.clone() if copied else factor
+        stats = prefcore.linear_divergence(
+            state, weight, other.flip(0), weight.clone() if copied else weight, kind=kind,
+            low_rank=(inner, factor), other_low_rank=(inner, second),
+        )  # fmt: skip
+        (stats.divergence * torch.arange(20)).sum().backward()
+        results.append((stats.divergence.detach(), factor.grad, state.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_a_divergence_with_one_low_rank_part_alone_compiles():
+    torch.compiler.reset()
+    tensors = make_pair(20, 300, torch.float32, ())
+
+    def step(hidden, inner, outer):
+        return prefcore.linear_divergence(
+            hidden, tensors["weight"], tensors["other_hidden"], tensors["other_weight"], kind="kl_qp",
+            low_rank=(inner, outer),
+        ).divergence.sum()  # fmt: skip
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")):
+        leaves = [tensors[name].clone().requires_grad_() for name in ("hidden", "inner", "outer")]
+        loss = function(*leaves)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_a_divergences_work_is_that_of_the_factors(monkeypatch):
+    T, V, D, E, R = 50, 9000, 8, 6, 8
+    tensors = make_pair(T, V, torch.float32, ())
+    counted: list[int] = []
+    for name in ("mm", "addmm"):
+        product = getattr(_walk, name)
+        monkeypatch.setattr(
+            _walk,
+            name,
+            lambda out, a, b, product=product: (
+                counted.append(2 * a.shape[0] * a.shape[1] * b.shape[1]),
+                product(out, a, b),
+            ),
+        )
+    inner, outer = tensors["inner"].requires_grad_(), tensors["outer"].requires_grad_()
+    stats = prefcore.linear_divergence(
+        tensors["hidden"], tensors["weight"], tensors["other_hidden"], tensors["other_weight"], kind="kl_qp",
+        low_rank=(inner, outer),
+    )  # fmt: skip
+    stats.divergence.sum().backward()
+    assert sum(counted) == 2 * T * V * (D + E + 3 * R)
+
+
+@pytest.mark.parametrize("name", ["low_rank", "other_low_rank"])
+def test_refusals_of_a_divergence_name_the_side(name):
+    prefix = name.removesuffix("low_rank")
+    tensors = make_pair(4, 10, torch.float32, ())
+    sides = {k: tensors[k] for k in ("hidden", "weight", "other_hidden", "other_weight")}
+    inner, outer = tensors[f"{prefix}inner"], tensors[f"{prefix}outer"]
+    with pytest.raises(ValueError, match=f"outer of {name}"):
+        prefcore.linear_divergence(**sides, kind="js", **{name: (inner, outer[1:])})
+    sides[f"{prefix}weight"].requires_grad_()
+    with pytest.raises(NotImplementedError, match=f"^{name} is for a weight that does not train"):
+        prefcore.linear_divergence(**sides, kind="js", **{name: (inner, outer)})
