@@ -85,30 +85,31 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def head(
-    schedule: str, dtype: torch.dtype, every: bool, *, drop_zero_rows: bool = False, logits: torch.dtype | None = None
-) -> None:
+    schedule: str, dtype: torch.dtype, every: bool, *, drop_zero_rows: bool = False,
+    logits: torch.dtype | None = None, rank: int = 0,
+) -> None:  # fmt: skip
     chosen = HeadSettings(
         temperature=1.0, softcap=None, logit_scale=1.0, ignore_index=-100, logits_dtype=logits, schedule=schedule,
         memory_budget=1 << 20, replan=True, **dict.fromkeys(ALL, every),
     )  # fmt: skip
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = (
-        *(empty(T, D, dtype=dtype), empty(V, D, dtype=dtype), empty(T, dtype=torch.int64)),
+        *(empty(T, D + rank, dtype=dtype), empty(V, D, dtype=dtype), empty(T, dtype=torch.int64)),
         *(empty(V, dtype=dtype), empty(T, dtype=wide)),
-        None,
+        empty(V, rank, dtype=dtype) if rank else None,
     )
     stats, saved = _walk.forward(KERNELS, *inputs, chosen)
     assert stats.logps.device.type == DEVICE
     train = schedule != "frozen"
     for entropy in (None, empty(T, dtype=wide)) if every else (None,):
-        for out in (None, empty(V, D), empty(V, D, dtype=dtype)) if train else (None,):
+        for out in (None, empty(V, D), empty(V, D, dtype=dtype)) if train and not rank else (None,):
             if schedule == "forward" or (out is not None and out.dtype not in (dtype, wide)):
                 continue
             found, *_ = _walk.backward(
                 KERNELS, (empty(T, dtype=wide), entropy, None), *inputs, stats.entropy, saved,
-                Needs(True, train, train), drop_zero_rows, Into(out), chosen,
+                Needs(True, train, train, rank > 0), drop_zero_rows, Into(out), chosen,
             )  # fmt: skip
-            assert found.shape == (T, D)
+            assert found.shape == (T, D + rank)
             assert found.dtype == dtype
 
 
@@ -154,6 +155,10 @@ def cases() -> dict[str, Callable[[], None]]:
     }
     for schedule, dtype, every in itertools.product(("forward", "frozen", "retain", "recompute"), DTYPES, (0, 1)):
         found[f"head {schedule} {dtype} {every}"] = lambda s=schedule, d=dtype, e=every: head(s, d, bool(e))
+    for schedule, wide in itertools.product(("frozen", "retain", "recompute"), (None, torch.float32)):
+        found[f"low rank {schedule} {wide}"] = lambda s=schedule, w=wide: head(
+            s, torch.bfloat16, True, logits=w, rank=8
+        )  # fmt: skip
     for dtype, train, entropy, promise in itertools.product(DTYPES, (0, 1), (0, 1), (None, 2.0, "there")):
         arguments = dtype, bool(train), bool(entropy), promise
         found[f"loss {' '.join(map(str, arguments))}"] = lambda a=arguments: loss(*a)

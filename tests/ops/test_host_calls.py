@@ -15,4 +15,4 @@ def test_calls_on_a_device_without_values_neither_wait_nor_fail():
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
     assert report["wrong"] == {}
-    assert len(report["ran"]) == 87
+    assert len(report["ran"]) == 93
