@@ -128,9 +128,10 @@ class DPOTrainer(PackedTrainer, trl.DPOTrainer):
         return super()._precompute_ref_logps(*args, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        if not self._feeds:
+        if not self._feeds or self.packer is None:
             return super()._compute_loss(model, inputs, return_outputs)
         policy: list[Any] = []
+        made: list[Any] = []
 
         # DDP looks at what comes out of its forward: the policy's output must be taken from there.
         def recorded(**kwargs: Any) -> Any:
@@ -145,12 +146,12 @@ class DPOTrainer(PackedTrainer, trl.DPOTrainer):
                 self.precompute_ref_logps = True
                 zeros = torch.zeros(len(inputs["input_ids"]) // 2, device=inputs["input_ids"].device)
                 inputs = {**inputs, "ref_chosen_logps": zeros, "ref_rejected_logps": zeros}
-            self.fused_outputs = []
+            self.packer.made = made
             out = super()._compute_loss(recorded, inputs, return_outputs)
-            reference = None if self.precompute_ref_logps else self.fused_outputs[1]
+            reference = None if self.precompute_ref_logps else made[1]
         finally:
             self.loss_types, self.loss_weights, self.precompute_ref_logps = kept
-            self.fused_outputs = None
+            self.packer.made = None
         loss, outputs = out if return_outputs else (out, None)
         gathered = _gather(inputs, policy[0], reference)
         for feed in self._feeds:

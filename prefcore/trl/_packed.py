@@ -11,12 +11,13 @@ import logging
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import get_mixed_precision_context_manager
 from torch import Tensor, nn
 
 from prefcore.data import PackedBatch, pack
@@ -118,20 +119,54 @@ def pack_padded(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
     return Packing(batch.to(input_ids.device), torch.from_numpy(places).to(input_ids.device))
 
 
+class Packer:
+    """What the forwards of a trainer's models share; it does not hold the trainer, which a model may outlive.
+
+    Args:
+        accelerator: whose autocast the forwards run in.
+
+    Attributes:
+        counts: of all of them.
+        made: while it is a list, what each of them returned.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self.counts = PackedCounts()
+        self.made: list[Any] | None = None
+        self._autocast = accelerator.autocast_handler if accelerator.native_amp else None
+        self._mixed = accelerator.native_amp
+        self._last: tuple[list[Any], list[int], Packing | None] = ([], [], None)
+
+    def autocast(self) -> AbstractContextManager:
+        return get_mixed_precision_context_manager(True, self._autocast) if self._mixed else nullcontext()
+
+    def packing(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Packing | None:
+        """:func:`pack_padded`, once for tensors that policy and reference are given one after the other."""
+        given = [x for x in (input_ids, attention_mask, labels) if x is not None]
+        if any(x.is_inference() for x in given):  # they have no version: a change would not be seen
+            return pack_padded(input_ids, attention_mask, labels)
+        versions = [x._version for x in given]
+        references, known, packing = self._last
+        if versions != known or any(r() is not x for r, x in zip(references, given, strict=True)):
+            packing = pack_padded(input_ids, attention_mask, labels)
+            self._last = [weakref.ref(x) for x in given], versions, packing
+        return packing
+
+
 class PackedForward:
     """Runs the batches that TRL hands to a model with ``fused_lm_head=True`` packed; one for each model.
 
     Args:
-        trainer: whose autocast and counts are used.
+        packer: of the trainer.
         outputs: what TRL asks for beside log-probs: those of ``FusedCausalLMOutput``.
         temperature: divides the logits.
         float32_head: whether the head runs in float32, outside autocast.
     """
 
     def __init__(
-        self, trainer: PackedTrainer, outputs: tuple[str, ...], temperature: float = 1.0, float32_head: bool = False
+        self, packer: Packer, outputs: tuple[str, ...], temperature: float = 1.0, float32_head: bool = False
     ) -> None:
-        self._trainer = weakref.proxy(trainer)
+        self._packer = packer
         self._outputs = outputs
         self._temperature = temperature
         self._float32_head = float32_head
@@ -142,10 +177,11 @@ class PackedForward:
         Raises:
             NotImplementedError: a head or an attention that prefcore does not run.
         """
-        head = self._head(model)
-        if self._float32_head:
-            _compare(model, head)
-        with self._trainer.accelerator.autocast():
+        # As accelerate has it around a reference's own forward already.
+        with self._packer.autocast():
+            head = self._head(model)
+            if self._float32_head:
+                _compare(model, head)
             check(head.backbone, "share", train=train)
         theirs = model.forward
 
@@ -155,8 +191,8 @@ class PackedForward:
             if args or not fused_lm_head:
                 return theirs(*args, fused_lm_head=fused_lm_head, **kwargs)
             out = self(module, theirs, **kwargs)
-            if self._trainer.fused_outputs is not None:
-                self._trainer.fused_outputs.append(out)
+            if self._packer.made is not None:
+                self._packer.made.append(out)
             return out
 
         model.forward = types.MethodType(forward, model)
@@ -180,10 +216,10 @@ class PackedForward:
                 "prefcore.trl packs batches of input_ids, attention_mask and labels, got "
                 f"{', '.join(unknown) or 'no input_ids or no labels'}; use trl's own trainer"
             )
-        trainer = self._trainer
-        packing = trainer.packing(input_ids, attention_mask, labels)
+        counts = self._packer.counts
+        packing = self._packer.packing(input_ids, attention_mask, labels)
         if packing is None:
-            trainer.packed.unpacked_batches += 1
+            counts.unpacked_batches += 1
             given = {"attention_mask": attention_mask, "output_router_logits": output_router_logits}
             given = {name: value for name, value in given.items() if value is not None}
             return theirs(
@@ -194,18 +230,18 @@ class PackedForward:
                 **given,
             )
         batch, places = packing
-        trainer.packed.batches += 1
-        trainer.packed.padded_tokens += input_ids.numel()
-        trainer.packed.tokens += batch.input_ids.numel()
-        trainer.packed.scored_tokens += batch.targets.numel()
+        counts.batches += 1
+        counts.padded_tokens += input_ids.numel()
+        counts.tokens += batch.input_ids.numel()
+        counts.scored_tokens += batch.targets.numel()
 
         config = model.config.get_text_config()
         routed = output_router_logits
         if routed is None:
             routed = bool(getattr(config, "output_router_logits", False))
-        head = self._head(model)
         # accelerate wraps the policy's forward in autocast from train() on, and the reference's inside this one.
-        with trainer.accelerator.autocast():
+        with self._packer.autocast():
+            head = self._head(model)
             with _router_logits(config, routed):
                 hidden = run_backbone(head, batch)
             if self._float32_head:
@@ -242,11 +278,7 @@ class PackedForward:
 
 
 class PackedTrainer:
-    """A trainer of TRL's whose batches are packed: mixed into TRL's class, before it.
-
-    Attributes:
-        packed: counts of what TRL's batches held and of what ran in their place, since the trainer was made.
-    """
+    """A trainer of TRL's whose batches are packed: mixed into TRL's class, before it."""
 
     accelerator: Any
     args: Any
@@ -254,25 +286,12 @@ class PackedTrainer:
     ref_model: Any
     is_fsdp_enabled: bool
     is_deepspeed_enabled: bool
-    fused_outputs: list[Any] | None = None  # of the forwards to come, for as long as it is a list
-    _packs: bool = False
-    _last_packing: tuple[list[Any], list[int], Packing | None] = ([], [], None)
+    packer: Packer | None = None
 
-    @functools.cached_property
+    @property
     def packed(self) -> PackedCounts:
-        return PackedCounts()
-
-    def packing(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Packing | None:
-        """:func:`pack_padded`, once for tensors that policy and reference are given one after the other."""
-        given = [x for x in (input_ids, attention_mask, labels) if x is not None]
-        if any(x.is_inference() for x in given):  # they have no version: a change would not be seen
-            return pack_padded(input_ids, attention_mask, labels)
-        versions = [x._version for x in given]
-        references, known, packing = self._last_packing
-        if versions != known or any(r() is not x for r, x in zip(references, given, strict=True)):
-            packing = pack_padded(input_ids, attention_mask, labels)
-            self._last_packing = [weakref.ref(x) for x in given], versions, packing
-        return packing
+        """What TRL's batches held, and what ran in their place."""
+        return PackedCounts() if self.packer is None else self.packer.counts
 
     def pack_models(
         self,
@@ -287,7 +306,7 @@ class PackedTrainer:
             NotImplementedError: FSDP, ZeRO-3, parallelism within a sequence or a layer, torch_compile, prompt learning,
                 and heads and attention that prefcore does not run.
         """
-        if self._packs:
+        if self.packer is not None:
             return
         if self.is_fsdp_enabled or (self.is_deepspeed_enabled and _zero_stage(self.accelerator) == 3):
             raise NotImplementedError(
@@ -299,11 +318,12 @@ class PackedTrainer:
             raise NotImplementedError(f"{', '.join(divided)} above 1: packed rows are not divided among ranks")
         if self.args.torch_compile:
             raise NotImplementedError("torch_compile=True; compile the layers instead, before: model.model.compile()")
-        make = functools.partial(PackedForward, self, temperature=temperature, float32_head=float32_head)
+        packer = Packer(self.accelerator)
+        make = functools.partial(PackedForward, packer, temperature=temperature, float32_head=float32_head)
         make(outputs).install(base_model(self.model), train=True)
         if self.ref_model is not None:
             make(()).install(base_model(self.accelerator.unwrap_model(self.ref_model)), train=False)
-        self._packs = True
+        self.packer = packer
 
 
 def refuse_images(dataset: Any) -> None:
@@ -333,7 +353,9 @@ def _compare(model: Any, head: Head) -> None:
     weight = head.weight
     ids = torch.arange(8, device=model.get_input_embeddings().weight.device).remainder(weight.shape[0])[None]
     with evaluating(model):
-        mine = head.logits(head.backbone(input_ids=ids, use_cache=False).last_hidden_state.float())
+        hidden = head.backbone(input_ids=ids, use_cache=False).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):
+            mine = head.logits(hidden.float())
         theirs = model(input_ids=ids, use_cache=False).logits.to(mine)
     # The same products in the same dtype; what an unknown scale or softcap does is larger by far.
     if not (mine - theirs).abs().max() <= 1e-3 * theirs.abs().max():
