@@ -80,9 +80,9 @@ def grpo(harness, reference, tmp_path):
     return make
 
 
-def assert_equal_runs(harness, make, ours, theirs, dtype=torch.float32):
+def assert_equal_runs(harness, make, ours, theirs):
     mine, other = (harness.run(lambda cls=cls: make(cls)) for cls in (ours, theirs))
-    harness.assert_same(mine, other, tokens=64 + BACKBONE, dtype=dtype)
+    harness.assert_same(mine, other, tokens=64 + BACKBONE)
 
 
 class Count:
@@ -206,7 +206,6 @@ DPO_RUNS = {
     "checkpointing": {"gradient_checkpointing": True},
     "keep_end": {"max_length": 6, "truncation_mode": "keep_end"},
     "softcap": {"kind": "softcap", "loss_type": "sppo_hard"},
-    "bf16": {"bf16": True},
 }
 
 
@@ -214,18 +213,16 @@ DPO_RUNS = {
 def test_dpo_trains_as_trls(harness, packed, dpo, name, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     options = DPO_RUNS[name]
-    dtype = torch.bfloat16 if options.get("bf16") else torch.float32
 
     def make(cls):
         # A policy that is its own reference has margins of rounding errors.
         own = {"extras": {"ref_model": harness.make_model(seed=1)}} if name == "precomputed" else {}
         return dpo(cls, **options, **own)
 
-    assert_equal_runs(harness, make, packed.DPOTrainer, trl.DPOTrainer, dtype)
+    assert_equal_runs(harness, make, packed.DPOTrainer, trl.DPOTrainer)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("own", "checkpointing"), [(False, True), (True, False)])
 def test_dpo_trains_an_adapter_as_trls(harness, packed, dpo, own, checkpointing):
     def make(cls):
         options = {"gradient_checkpointing": checkpointing, "learning_rate": 1.0}
@@ -525,15 +522,12 @@ GRPO_RUNS = {
     "float32 head": {"cast_lm_head_to_fp32": True, "temperature": 1.3, "kind": "softcap"},
     "sequence, high entropy": {"importance_sampling_level": "sequence", "top_entropy_quantile": 0.5},
     "checkpointing": {"gradient_checkpointing": True},
-    "bf16": {"bf16": True},
 }
 
 
 @pytest.mark.parametrize("name", GRPO_RUNS)
 def test_grpo_trains_as_trls(harness, packed, grpo, name):
-    options = GRPO_RUNS[name]
-    dtype = torch.bfloat16 if options.get("bf16") else torch.float32
-    assert_equal_runs(harness, lambda cls: grpo(cls, **options), packed.GRPOTrainer, trl.GRPOTrainer, dtype)
+    assert_equal_runs(harness, lambda cls: grpo(cls, **GRPO_RUNS[name]), packed.GRPOTrainer, trl.GRPOTrainer)
 
 
 def test_grpo_trains_an_adapter_as_trls(harness, packed, grpo):
@@ -541,8 +535,7 @@ def test_grpo_trains_an_adapter_as_trls(harness, packed, grpo):
     assert_equal_runs(harness, make, packed.GRPOTrainer, trl.GRPOTrainer)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-@pytest.mark.parametrize("generations", [1, 2])
+@pytest.mark.parametrize(("loss_type", "generations"), [("grpo", 1), ("dapo", 2), ("dr_grpo", 2)])
 def test_grpo_puts_groups_together_without_changing_a_steps_gradient(harness, packed, grpo, loss_type, generations):
     """Four micro-batches of four rows: a step of all, or two steps of two."""
     options = {
@@ -621,3 +614,39 @@ def test_trainers_work_while_trl_is_patched(harness, packed, dpo, grpo):
         patched_grpo = harness.run(lambda: grpo(packed.GRPOTrainer))
     harness.assert_same(patched, plain)
     harness.assert_same(patched_grpo, plain_grpo)
+
+
+@pytest.mark.parametrize("case", ["dpo, autocast", "grpo, autocast", "grpo, float32 head of 16-bit weights"])
+def test_in_16_bits_it_is_as_close_to_float32_as_trls(harness, packed, dpo, grpo, case):
+    make = dpo if case.startswith("dpo") else grpo
+    weights = torch.bfloat16 if "weights" in case else torch.float32
+    # Without a reference, which would have other weights in 16 bits.
+    more = {"cast_lm_head_to_fp32": True, "beta": 0.0} if "weights" in case else {}
+
+    def found(cls, exact):
+        model = harness.make_model(dtype=weights)
+        mixed = weights == torch.float32 and not exact
+        options = {"max_steps": 1, "bf16": mixed, **more}
+        trace = harness.run(lambda: make(cls, model=model.float() if exact else model, **options))
+        gradients = torch.cat([gradient.flatten().double() for gradient in trace.gradients[0].values()])
+        names = ("loss", "entropy", "logps/chosen", "logps/rejected", "kl")
+        return gradients, torch.tensor([trace.metrics[0][name] for name in names if name in trace.metrics[0]])
+
+    ours, theirs = (packed.DPOTrainer, trl.DPOTrainer) if make is dpo else (packed.GRPOTrainer, trl.GRPOTrainer)
+    for mine, other, truth in zip(found(ours, False), found(theirs, False), found(theirs, True), strict=True):
+        error = (mine - truth).norm()
+        assert error > 0  # it did run in 16 bits
+        assert error <= 2 * (other - truth).norm() + torch.finfo(torch.bfloat16).eps * truth.norm()
+
+
+@pytest.mark.parametrize("sharding", ["fsdp", "zero3"])
+def test_a_sharded_head_is_refused(packed, dpo, sharding, monkeypatch):
+    trainer = dpo(packed.DPOTrainer)
+    trainer.packer = None
+    if sharding == "fsdp":
+        trainer.is_fsdp_enabled = True
+    else:
+        trainer.is_deepspeed_enabled = True
+        monkeypatch.setattr("prefcore.trl._packed._zero_stage", lambda accelerator: 3)
+    with pytest.raises(NotImplementedError, match="shard the head"):
+        trainer.pack_models(())
