@@ -481,7 +481,7 @@ def test_a_model_that_cannot_be_packed_is_refused(harness, packed, tmp_path):
         )
 
 
-def test_the_losses_that_trl_knows_are_trls():
+def test_the_losses_that_trl_knows_are_trls(harness):
     from prefcore.trl._dpo import TRL_LOSSES
 
     source = inspect.getsource(trl.DPOTrainer._compute_loss)
@@ -585,7 +585,7 @@ def test_grpo_runs_a_prompt_once_for_its_group(harness, packed, grpo):
     assert trainer.packed.scored_tokens == scored
 
 
-def test_rows_are_put_together_within_a_step():
+def test_rows_are_put_together_within_a_step(harness):
     from prefcore.trl._grpo import together
 
     prompts = torch.tensor([3, 1, 2, 1, 3, 3, 2, 1, 1, 2, 3, 2])[:, None]
