@@ -24,14 +24,18 @@ def cases(monkeypatch):
 def test_the_command_measures_prefcore_and_trl_where_it_is_there(tmp_path):
     output = tmp_path / "step.json"
     sizes = ("--model=tiny", "--pairs=2", "--k=4", "--max-length=200", "--rounds=1", "--threads=1")
-    command = [sys.executable, "-m", "bench.step", *sizes, "--provider", "share", "trl", "--output", output]
+    names = ("share", "trl-packed", "trl-enabled", "trl")
+    command = [sys.executable, "-m", "bench.step", *sizes, "--provider", *names, "--output", output]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    share, trl = json.loads(output.read_text())["rows"]
-    assert trl.get("skipped") in (None, "trl is not installed")
+    share, packed, enabled, trl = json.loads(output.read_text())["rows"]
     assert share["pairs_per_second"] > 0
     assert share["peak_mib"] > 0
-    assert done.stdout.count("\n| 4 | ") == 2
+    assert done.stdout.count("\n| 4 | ") == 4
+    if trl.get("skipped") == "trl is not installed":
+        return
+    assert packed["tokens"] == share["tokens"] < enabled["tokens"] == trl["tokens"]
+    assert packed["head_rows"] == enabled["head_rows"] == share["head_rows"] < trl["head_rows"]
 
 
 def test_all_ways_to_pack_agree(cases):
