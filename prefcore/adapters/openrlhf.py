@@ -43,9 +43,9 @@ _KLS: dict[str, Kl] = {"k1": "k1", "k2": "k2", "k3": "k3"}
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probs of labels; OpenRLHF's of this name in ``openrlhf.models.utils``.
 
-    Equal to ``log_softmax(logits / temperature, -1).gather(-1, labels[..., None])[..., 0]``, with zeros where a label
-    is -100. OpenRLHF divides the logits in place; these stay as they are, so divide them where their entropies are wanted
-    too. Of 16-bit logits the arithmetic is float32 and the result rounded once.
+    Equal to ``log_softmax(logits / temperature, -1).gather(-1, labels[..., None])[..., 0]``, with zeros where a
+    label is -100. OpenRLHF divides the logits in place; these stay as they are, so divide them where their entropies
+    are wanted too. Of 16-bit logits the arithmetic is float32 and the result rounded once.
 
     Args:
         logits: ``[..., V]``.

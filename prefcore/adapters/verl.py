@@ -92,7 +92,7 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
-    """:func:`entropy_from_logits` in float32 whatever the logits' dtype; ``chunk_size`` is unused, nothing is chunked."""
+    """:func:`entropy_from_logits` in float32 whatever the logits' dtype; without chunks, so their size is unused."""
     return entropies(logits).float()
 
 
@@ -594,7 +594,7 @@ def compute_policy_loss_clip_cov(
     config: Any | None = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """PPO's surrogate without some tokens of high covariance, drawn as verl draws from the CPU's generator; ``clip_cov``.
+    """PPO's surrogate without some tokens of high covariance, drawn by the CPU's generator as in verl; ``clip_cov``.
 
     As :func:`compute_policy_loss_vanilla`, without dual clip and with log-ratios clamped to ±80, not at all in verl.
     ``config.policy_loss`` has ``clip_cov_ratio`` (2e-4), the share of all tokens to draw, one at the least, among those
