@@ -1,0 +1,80 @@
+"""A padded batch with everything a trainer's mask may do, and packages that pretend to be a peer."""
+
+import importlib
+import importlib.metadata
+import sys
+
+import pytest
+import torch
+
+# Of B = 6 responses: whole, cut, with a tool's tokens within, of one token, without any, and beginning late.
+MASK = torch.tensor(
+    [
+        [1, 1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 1, 0],
+        [1, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 1, 1, 1, 1, 1],
+    ]
+)
+
+
+class Batch:
+    """Log-probs, advantages, weights and values ``[B, L]``, with ``hidden`` where masked."""
+
+    def __init__(self, mask=MASK, dtype=torch.float64, hidden=float("nan"), seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(low, high):
+            drawn = low + (high - low) * torch.rand(mask.shape, generator=generator, dtype=torch.float64)
+            return drawn.to(dtype).masked_fill(mask == 0, hidden)
+
+        self.mask = mask
+        self.logps = draw(-3, -0.05)
+        self.old_logps = self.logps + draw(-0.6, 0.6)
+        self.logps[0, 0] = self.old_logps[0, 0] - 3 if mask.numel() else 0
+        self.ref_logps = self.logps + draw(-1, 1)
+        self.advantages = draw(-2, 2)
+        if mask.numel():
+            self.advantages[0, 1], self.advantages[0, 2] = 0, -1  # without a sign; for the dual clip
+            self.old_logps[0, 2] = self.logps[0, 2] - 2
+        self.weights, self.values, self.old_values = draw(0, 2), draw(-2, 2), draw(-2, 2)
+        self.rewards = draw(-1, 1)
+
+    def rows(self, *tensors):
+        """The kept tokens of each response, of each tensor."""
+        return [tuple(t[i][self.mask[i] != 0] for t in tensors) for i in range(len(self.mask))]
+
+
+@pytest.fixture
+def make_batch():
+    return Batch
+
+
+@pytest.fixture
+def pretend(tmp_path, monkeypatch):
+    """Write a package of functions and classes that only have signatures, and import it."""
+
+    def build(package, version, modules):
+        root = tmp_path / package
+        for place, source in modules.items():
+            path = tmp_path.joinpath(*place.split("."))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in (path.parent, *path.parent.parents):
+                if folder == tmp_path:
+                    break
+                (folder / "__init__.py").touch()
+            path.with_suffix(".py").write_text(source)
+        assert root.is_dir()
+        for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        found = importlib.metadata.version
+        monkeypatch.setattr("prefcore.adapters._patch.version", lambda name: version if name == package else found(name))
+        importlib.invalidate_caches()
+
+    yield build
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("verl", "openrlhf")]:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
