@@ -867,7 +867,7 @@ def compute_gpg_outcome_advantage(
     Called as :func:`compute_rloo_outcome_advantage`; as in verl ``alpha`` is unused. A group of one keeps its reward.
     """
     groups = _Groups(token_level_rewards, response_mask, index)
-    factor = len(groups.rewards) / groups.rewards.count_nonzero().clamp(min=1)
+    factor = len(groups.rewards) / groups.rewards.count_nonzero().clamp(min=1).to(groups.rewards.dtype)
     return groups.spread(groups.advantages(estimates.dr_grpo, single="reward") * factor / f_norm)
 
 

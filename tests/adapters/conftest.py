@@ -33,10 +33,10 @@ class Batch:
         self.mask = mask
         self.logps = draw(-3, -0.05)
         self.old_logps = self.logps + draw(-0.6, 0.6)
-        self.logps[0, 0] = self.old_logps[0, 0] - 3 if mask.numel() else 0
         self.ref_logps = self.logps + draw(-1, 1)
         self.advantages = draw(-2, 2)
         if mask.numel():
+            self.logps[0, 0] = self.old_logps[0, 0] - 3
             self.advantages[0, 1], self.advantages[0, 2] = 0, -1  # without a sign; for the dual clip
             self.old_logps[0, 2] = self.logps[0, 2] - 2
         self.weights, self.values, self.old_values = draw(0, 2), draw(-2, 2), draw(-2, 2)

@@ -313,7 +313,7 @@ def test_values_have_a_clipped_loss(make_batch, mode):
         counts.append(((held - target) ** 2 > (v - target) ** 2).double())
     want = by_mode(rows, mode, 7)
     close(loss, want)
-    close(clipped.double(), whole(counts).mean())
+    assert float(clipped) == pytest.approx(float(whole(counts).mean()), rel=SLACK32)
     close(torch.autograd.grad(loss, values)[0], torch.autograd.grad(want, values)[0])
 
 
@@ -351,7 +351,7 @@ def of_tokens(name, logps, old, a):
     if name == "gspo":
         return clip(q.mean().exp().detach() * (logps - logps.detach()).exp(), a)
     if name == "sapo":
-        tau = torch.where(a > 0, 1.0, 1.05)
+        tau = torch.where(a > 0, 1.0, 0 * a + 1.05)
         return -4 / tau * a / (1 + (-tau * (rho - 1)).exp())
     if name in ("gpg", "reinforce"):
         return -a * logps
@@ -449,7 +449,7 @@ def test_kl_cov_penalises_the_tokens_of_highest_covariance(make_batch):
     want = ((-(x - old).exp() * a + 0.7 * chosen * (x - old).abs()) * w).mean()
     close(loss, want)
     close(torch.autograd.grad(loss, logps)[0], torch.autograd.grad(want, logps)[0])
-    assert metrics == {"actor/ppo_kl": pytest.approx(float((x - old).abs().mean()))}
+    assert metrics == {"actor/ppo_kl": pytest.approx(float((x - old).abs().mean().detach()))}
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -490,12 +490,12 @@ def test_policy_losses_survive_batches_without_tokens(make_batch, name):
 @pytest.mark.parametrize("name", EVERY)
 def test_policy_losses_are_of_the_common_dtype_and_divide_by_what_they_are_told(make_batch, name):
     batch = make_batch(dtype=torch.bfloat16)
-    loss, _ = call(name, batch, batch.logps, False, "token-mean", batch_num_tokens=40, dp_size=2)
+    loss, _ = call(name, batch, batch.logps, False, "token-mean", batch_num_tokens=40, global_batch_size=10, dp_size=2)
     assert loss.dtype == torch.bfloat16
-    if name in PER_TOKEN and name != "sapo":
+    if name in PER_TOKEN:
         plain, _ = call(name, batch, batch.logps.float(), False, "token-mean")
         assert plain.dtype == torch.float32
-        # 20 tokens of 40, times 2; the result is rounded once.
+        # 20 tokens of 40, or 5 responses of 10, times 2; the result is rounded once.
         torch.testing.assert_close(loss.float(), plain, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
 
 
@@ -547,7 +547,7 @@ def run_gae(batch, gamma, lam):
 def test_gae_steps_over_masked_tokens_and_whitens(make_batch):
     batch = make_batch()
     advantages, returns = ours.compute_gae_advantage_return(
-        batch.rewards, batch.values, batch.mask, torch.tensor(0.9), 0.7
+        batch.rewards, batch.values, batch.mask, torch.tensor(0.9, dtype=torch.float64), 0.7
     )
     found, targets = run_gae(batch, 0.9, 0.7)
     close(advantages, padded(whitened(found), batch.mask))
