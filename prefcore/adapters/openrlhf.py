@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from prefcore import losses
 from prefcore._types import PolicyTerms
-from prefcore.adapters._tensors import Responses, entropies, kl_estimates, mean
 from prefcore.adapters._patch import Patch
+from prefcore.adapters._tensors import Responses, entropies, kl_estimates, mean
 from prefcore.advantages import to_tokens
 from prefcore.losses import policy
 from prefcore.ops.aggregate import How, aggregate

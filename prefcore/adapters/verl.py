@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 from prefcore import advantages as estimates
 from prefcore._types import PolicyTerms
-from prefcore.adapters._tensors import Responses, entropies, kl_estimates, mean
 from prefcore.adapters._patch import Patch
+from prefcore.adapters._tensors import Responses, entropies, kl_estimates, mean
 from prefcore.losses import policy
 from prefcore.losses._checks import wide
 from prefcore.ops.aggregate import How, aggregate
