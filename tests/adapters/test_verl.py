@@ -76,18 +76,20 @@ except PackageNotFoundError:
 needs_verl = pytest.mark.skipif(installed not in ours.VERSIONS, reason=f"needs verl {ours.VERSIONS}, has {installed!r}")
 
 INF = float("inf")
-LOW, HIGH, DUAL = 0.2, 0.28, 3.0
+LOW, HIGH, DUAL = 0.2, 0.28, 2.5
+# Of probabilities, and of divergences, rather than of ratios.
+BOUNDS = {"dppo_tv": (0.02, 0.05), "dppo_kl": (0.002, 0.01)}
 # 31 tokens in a sum, some 30 roundings of each, of numbers up to about 8.
 SLACK64, SLACK32 = (2**13 * torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32))
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 INDEX = np.array(["a", "b", "a", "c", "b", "a"], dtype=object)  # uneven, interleaved, one alone
 
 
-def config(**info):
+def config(low=LOW, high=HIGH, **info):
     return SimpleNamespace(
         clip_ratio=0.5,
-        clip_ratio_low=LOW,
-        clip_ratio_high=HIGH,
+        clip_ratio_low=low,
+        clip_ratio_high=high,
         clip_ratio_c=DUAL,
         tau_pos=1.0,
         tau_neg=1.05,
@@ -342,11 +344,12 @@ def clip(rho, a, low=1 - LOW, high=1 + HIGH, dual=INF):
     return torch.where(a < 0, torch.minimum(loss, -dual * a), loss)
 
 
-def of_tokens(name, logps, old, a):
+def of_tokens(name, logps, old, a, count=None):
     """The losses of a response's tokens, by the formula of each name; of ``w`` and what is global see below."""
     q = logps - old
     rho, now = q.exp(), q.detach().exp()
     p, before = logps.detach().exp(), old.exp()
+    low, high = BOUNDS.get(name, (LOW, HIGH))
     if name == "vanilla":
         return clip(rho, a, dual=DUAL)
     if name == "gspo":
@@ -361,10 +364,12 @@ def of_tokens(name, logps, old, a):
     if name == "dro":
         return -(a * logps - 0.4 / 2 * q**2)
     if name == "dppo_tv":
-        kept = torch.where(a > 0, p - before <= HIGH, p - before >= -LOW)
+        kept = torch.where(a > 0, p - before <= high, p - before >= -low)
     else:
         kl = before * (old - logps.detach()) + (1 - before) * ((1 - before) / (1 - p)).log()
-        kept = torch.where(a > 0, (kl <= HIGH) | (p <= before), (kl <= LOW) | (p >= before))
+        kept = torch.where(a > 0, (kl <= high) | (p <= before), (kl <= low) | (p >= before))
+    if count is not None:
+        count.append(torch.stack([~kept, kept & (now > DUAL)]).double())
     return -now.clamp(max=DUAL) * a * logps * kept
 
 
@@ -376,7 +381,7 @@ def call(name, batch, logps, weights, mode=None, **info):
         logps,
         batch.advantages,
         batch.mask.bool(),
-        config=config(**info),
+        config=config(*BOUNDS.get(name, (LOW, HIGH)), **info),
         rollout_is_weights=batch.weights if weights else None,
         **options,
     )
@@ -396,7 +401,6 @@ def test_policy_losses_of_tokens_follow_their_formulas(make_batch, name, mode, w
     for x, old, a, w in batch.rows(logps, batch.old_logps, batch.advantages, batch.weights):
         rows.append(of_tokens(name, x, old, a) * (w if weights else 1))
     want = by_mode(rows, "seq-mean-token-mean" if name == "sapo" else mode, 7)
-    # 1e-8 is added within dppo_kl's logarithm, and decides of no token here.
     close(loss, want)
     close(torch.autograd.grad(loss, logps)[0], torch.autograd.grad(want, logps)[0])
     drift = whole([old - x for x, old in batch.rows(batch.logps, batch.old_logps)]).mean()
@@ -412,7 +416,14 @@ def test_what_is_clipped_is_counted(make_batch):
     inner = (below & (a < 0)) | (above & (a > 0))
     dual = (rho > DUAL) & (a < 0)
     assert min(inner.sum(), dual.sum(), below.sum()) > 0
-    for name, clipped, lower in (("vanilla", inner, dual), ("cispo", below | above, dual & False)):
+    expected = [("vanilla", inner, dual), ("cispo", below | above, dual & False)]
+    for name in BOUNDS:
+        count = []
+        of_tokens(name, *tokens, count)
+        # Of all bounds something is outside, and something inside.
+        assert all(0 < x.sum() < len(x) for x in count[0])
+        expected.append((name, *count[0]))
+    for name, clipped, lower in expected:
         metrics = call(name, batch, batch.logps, False)[1]
         assert metrics["actor/pg_clipfrac"] == pytest.approx(float(clipped.double().mean()))
         assert metrics["actor/pg_clipfrac_lower"] == pytest.approx(float(lower.double().mean()))
