@@ -112,8 +112,8 @@ def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
 class FusedLinearForPPO(nn.Module):
     """Log-probs and entropies from hidden states; verl's of this name in ``verl.utils.experimental.torch_functional``.
 
-    Equal to its backend ``torch``, without its loop over chunks of ``[chunk_size, V]`` float32 logits and with the
-    gradient of the head accumulated in float32. ``chunk_size`` and ``impl_backend`` are taken and have no effect.
+    Equal to its backend ``torch``, without its loop over chunks of ``[chunk_size, V]`` float32 logits: ``chunk_size``
+    and ``impl_backend`` are taken and have no effect.
 
     Raises:
         ValueError: an ``impl_backend`` that verl has not.
@@ -158,7 +158,7 @@ def linear_cross_entropy(
     Args:
         hidden: ``[..., D]``.
         weight: ``[V, D]``.
-        labels: ``[...]`` int64; -100 marks a row to skip, where verl's reads outside the vocabulary.
+        labels: ``[...]`` int64; -100 marks a row to skip.
         temperature: a positive number.
         reduction: of the log-probs: ``none``, ``sum`` or ``mean``, over all rows.
         dist_process_group: None, or a group of one rank.
