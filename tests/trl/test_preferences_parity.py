@@ -18,12 +18,8 @@ if not version("trl").startswith("1.16."):
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.bema_for_ref_model import DPOTrainer as BEMADPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
-from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
-
-import prefcore
-import prefcore.trl
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -276,22 +272,3 @@ def test_every_case_that_dpo_distinguishes_is_in_the_grid(option, default):
 def test_every_choice_is_in_the_grid(config, cells, option):
     (about,) = [field for field in config.__dataclass_fields__.values() if field.name == option]
     assert set(about.metadata["choices"]) == used(cells, option, about.default)
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_gkd_trains_alike_by_its_divergence_of_whole_logits(beta, harness, tmp_path, monkeypatch):
-    def make():
-        return GKDTrainer(
-            model=harness.make_model(),
-            teacher_model=harness.make_model(seed=1),
-            args=harness.arguments(GKDConfig, tmp_path, lmbda=0.0, beta=beta, gradient_accumulation_steps=2),
-            train_dataset=harness.conversations(),
-            processing_class=harness.make_tokenizer(),
-        )
-
-    theirs, called, divergence = harness.run(make), [], prefcore.divergence
-    monkeypatch.setattr(prefcore, "divergence", lambda *a, **k: called.append(k["kind"]) or divergence(*a, **k))
-    with prefcore.trl.enable():
-        ours = harness.run(make)
-    assert set(called) == {{0.0: "kl_qp", 1.0: "kl_pq"}.get(beta, "js")}
-    harness.assert_same(ours, theirs)
