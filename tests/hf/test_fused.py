@@ -404,7 +404,8 @@ def test_compiled_as_one_graph_it_gives_the_same_and_may_be_fused_after():
     eager = [model(**batch(length=length)) for length in (L, L + 2)]
     theirs = gradients(model, eager[1].loss)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    # The op's own tests trace it further; that of a whole model costs four times as much.
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
     got = [compiled(**batch(length=length)) for length in (L, L + 2)]
     bound = (32 + V) * torch.finfo(torch.float32).eps * 8  # logits below 8
     for mine, own in zip(got, eager, strict=True):
