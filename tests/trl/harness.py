@@ -29,7 +29,7 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
 # The ops that stand for TRL's functions.
-ROUTED = ("linear_logprobs", "logprobs", "linear_divergence")
+ROUTED = ("linear_logprobs", "logprobs", "linear_divergence", "divergence")
 # Of what TRL logs, only this differs between two equal runs.
 TIMES = ("runtime", "per_second", "time", "mfu", "flops", "memory", "perf/")
 
@@ -74,11 +74,7 @@ _KINDS = {
     "softcap": ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 20.0}),
     "scale": ("Cohere", {"logit_scale": 0.4}),
     "divided": ("Granite", {"logits_scaling": 2.5}),
-    # The last is not Mixtral's: TRL's count of FLOPs reads it of every mixture of experts.
-    "moe": (
-        "Mixtral",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.05, "moe_intermediate_size": 24},
-    ),
+    "moe": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.05}),
 }
 
 

@@ -1,8 +1,4 @@
-"""SFT and distillation of TRL with prefcore against the same without: losses, all metrics, gradients.
-
-TRL's other distillation trainers (gkd, gold, iw_opd, server and async distillation) take log-softmax and divergence of
-whole logits by torch, and call none of the functions that prefcore replaces: they are TRL's own in either case.
-"""
+"""SFT and distillation of TRL with prefcore against the same without: losses, all metrics, gradients."""
 
 import pytest
 import torch

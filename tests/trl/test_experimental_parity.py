@@ -25,6 +25,9 @@ CALLERS = {
     "experimental/a2po/a2po_trainer.py": "test_experimental_parity.py",
     "experimental/async_grpo/async_grpo_trainer.py": "test_experimental_parity.py",
     "experimental/cpo/cpo_trainer.py": "test_experimental_parity.py",
+    "experimental/gkd/gkd_trainer.py": "test_experimental_parity.py",
+    "experimental/gold/gold_trainer.py": "test_experimental_parity.py",
+    "experimental/iw_opd/iw_opd_trainer.py": "test_experimental_parity.py",
     "experimental/orpo/orpo_trainer.py": "test_experimental_parity.py",
     "experimental/sdft/loss_utils.py": "test_experimental_parity.py",
     "experimental/sdft/sdft_trainer.py": "test_experimental_parity.py",
@@ -40,7 +43,7 @@ def test_every_caller_in_trl_is_driven_by_a_test(harness):
     root = Path(trl.__file__).parent
     call = re.compile(
         r"(ChunkedLogProbFunction|ChunkedDivergenceFunction|selective_log_softmax(_and_entropy)?|entropy_from_logits"
-        r"|add_fused_lm_head)(\.apply)?\("
+        r"|add_fused_lm_head|generalized_jsd_loss|compute_full_logit_self_distillation_loss)(\.apply)?\("
     )
     found = {str(path.relative_to(root)) for path in root.rglob("*.py") if call.search(path.read_text())}
     assert {name for name in found if "_trainer" in name or name.startswith("experimental")} == set(CALLERS)
@@ -216,14 +219,18 @@ SELF_DISTILLATION = {
 }
 
 
+def _reached(options):
+    # The divergence of whole logits; log-probabilities of the tokens for the ratio to the policy that sampled them.
+    return ("logprobs", "divergence") if options.get("distillation_mode") == "full_logits" else ("logprobs",)
+
+
 @pytest.mark.parametrize("cell", SELF_DISTILLATION)
 def test_sdft_trains_alike(harness, maker, servers, cell):
     options = {"num_generations": 2, "max_completion_length": 8, "max_steps": 3, **SELF_DISTILLATION[cell]}
     data = harness.completions(chat=True)
     data = harness.prompts(chat=True).add_column("privileged_context", [m[0]["content"] for m in data["completion"]])
-    ours, theirs = harness.both(
-        maker("sdft", "SDFT", data=data, referred=True, num_loss_tokens_to_skip=1, **options), "logprobs"
-    )
+    make = maker("sdft", "SDFT", data=data, referred=True, num_loss_tokens_to_skip=1, **options)
+    ours, theirs = harness.both(make, *_reached(options))
     harness.assert_same(ours, theirs)
 
 
@@ -247,7 +254,42 @@ def test_sdpo_trains_alike(harness, maker, servers, cell):
     options = {"success_reward_threshold": 5.0, "dont_reprompt_on_self_success": False, **options}
     more = lambda: {"reward_funcs": reward}
     make = maker("sdpo", "SDPO", data=harness.prompts(chat=True), referred=True, more=more, **options)
-    ours, theirs = harness.both(make, "logprobs")
+    ours, theirs = harness.both(make, *_reached(options))
+    harness.assert_same(ours, theirs)
+
+
+JSD = {
+    "gkd-forward": ("gkd", "GKD", {"beta": 0.0, "lmbda": 1.0}),
+    "gkd": ("gkd", "GKD", {"beta": 0.5, "lmbda": 0.0, "kind": "softcap", "gradient_accumulation_steps": 2}),
+    "gkd-teacher-samples": ("gkd", "GKD", {"beta": 1.0, "lmbda": 0.0, "seq_kd": True, "kind": "tied"}),
+    "gkd-lora": ("gkd", "GKD", {"beta": 0.2, "adapter": "config"}),
+    "gold-forward": ("gold", "GOLD", {"beta": 0.0, "lmbda": 0.0, "kind": "scale"}),
+    "gold": ("gold", "GOLD", {"beta": 0.3, "lmbda": 1.0, "temperature": 1.5, "gradient_accumulation_steps": 2}),
+    "gold-reverse": ("gold", "GOLD", {"beta": 1.0, "lmbda": 0.0, "temperature": 0.7}),
+    "iw_opd-forward": ("iw_opd", "IWOPD", {"beta": 0.0, "lmbda": 1.0}),
+    "iw_opd": ("iw_opd", "IWOPD", {"beta": 0.6, "lmbda": 0.0, "temperature": 1.3, "gradient_accumulation_steps": 2}),
+    "iw_opd-reverse": ("iw_opd", "IWOPD", {"beta": 1.0, "lmbda": 1.0, "kind": "softcap"}),
+}
+
+
+@pytest.mark.parametrize("cell", JSD)
+def test_a_divergence_of_whole_logits_trains_alike(harness, maker, tmp_path, cell):
+    module, name, options = JSD[cell]
+    own = {
+        "gkd": {"max_new_tokens": 8},
+        "gold": {"max_completion_length": 8, "use_extended_uld": False},  # that one wants a tokenizer of bytes
+        "iw_opd": {"max_completion_length": 8, "distillation_objective": "jsd", "loss_top_k": 0},
+    }[module]
+    folder = harness.save_reference(tmp_path / "teacher", "bias")
+
+    def more():
+        teacher = harness.with_reference(harness.make_model("bias", seed=1), folder)
+        harness.stub_generation(teacher)
+        return {"teacher_model": teacher}
+
+    data = harness.conversations(turns=1)
+    make = maker(module, name, data=data, more=more, referred=True, max_length=40, **own, **options)
+    ours, theirs = harness.both(make, "divergence")
     harness.assert_same(ours, theirs)
 
 
@@ -334,8 +376,9 @@ class NoTransfer:
 def test_async_grpo_trains_alike(harness, tmp_path, monkeypatch, options):
     from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
 
-    # What asks CUDA for the name of the device, to report how much of its peak is used.
+    # To report how much of the device's peak is used, they ask CUDA for its name, and Mixtral for what it has not.
     monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)
+    monkeypatch.setattr(async_grpo_trainer, "compute_flops_per_token", lambda *_: None)
     monkeypatch.setattr(async_grpo_trainer, "VLLMClient", lambda *_: None)
     monkeypatch.setattr(packing, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=_varlen_attention))
     options = {"kind": "llama", "adapter": None, **options}
