@@ -4,6 +4,7 @@ logits."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import prefcore
 from prefcore._types import TokenStats
+from prefcore.hf._peft import HeadAdapter, refuse_bypassed, without_adapters, without_wrapper
 
 # Attributes of a text config that multiply (+1) or divide (-1) the head's output, with the models that
 # brought them.
@@ -26,13 +28,15 @@ _SCALES = {
 _PROBE_TOKENS = 8
 _PROBE_PEAK = 60.0  # reaches well into a softcap of 30 or 50
 
-# The heads of models that were already compared with the model's own logits.
-_probed: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+# What was found in models that were already compared with their own logits.
+_probed: weakref.WeakKeyDictionary[nn.Module, set[tuple]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The head of a causal LM: logits = softcap(logit_scale * (hidden @ weight.T + bias)).
+    """The head of a causal LM: logits = softcap(logit_scale * (hidden @ weight.T + bias + LoRA's terms)).
+
+    It is what the model has at the moment: after adapters were switched, disabled or merged, find it anew.
 
     Attributes:
         backbone: the module whose ``last_hidden_state`` is the input of the head.
@@ -40,6 +44,7 @@ class Head:
         bias: ``[V]`` or None.
         softcap: softcap(u) = softcap * tanh(u / softcap); None where the model has none.
         logit_scale: 1.0 where the model has none.
+        adapters: the active LoRA adapters of the head.
     """
 
     backbone: nn.Module
@@ -47,10 +52,29 @@ class Head:
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
+    adapters: tuple[HeadAdapter, ...] = ()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits ``[..., V]`` of final hidden states ``[..., D]``, in full memory: to compare."""
-        return self._transform(F.linear(hidden.to(self.weight.device), self.weight, self.bias))
+        return self._transform(self._raw(hidden.to(self.weight.device)))
+
+    def operands(self, hidden: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Bias ``[V]`` and low rank (``[..., R]``, ``[V, R]``) for hidden states ``[..., D]`` on the head's device.
+
+        Both are None where there is none. The ranks of several adapters stand side by side. PEFT runs adapters of
+        float32 beside a head of 16 bits in float32; here what they make of the hidden states, dropout and scaling
+        included, is rounded to the type of these, and so is ``outer``, as autocast would: the sum over the ranks then
+        joins the sum over the hidden size before that is rounded.
+        """
+        bias = self.bias
+        for adapter in self.adapters:
+            if adapter.bias is not None:
+                own = (adapter.scaling * adapter.bias).to(self.weight.dtype)
+                bias = own if bias is None else bias + own
+        if not self.adapters:
+            return bias, None
+        inner = torch.cat([adapter.inner(hidden).to(hidden.dtype) for adapter in self.adapters], -1)
+        return bias, (inner, torch.cat([adapter.outer.to(hidden.dtype) for adapter in self.adapters], 1))
 
     def stats(
         self,
@@ -62,16 +86,24 @@ class Head:
     ) -> TokenStats:
         """:func:`prefcore.linear_logprobs` of hidden states ``[..., D]`` and targets ``[...]`` on the head's device."""
         device = self.weight.device
+        hidden = hidden.to(device)
+        bias, low_rank = self.operands(hidden)
         return prefcore.linear_logprobs(
-            hidden.to(device),
+            hidden,
             self.weight,
             targets.to(device),
-            bias=self.bias,
+            bias=bias,
             temperature=temperature,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             outputs=outputs,
+            low_rank=low_rank,
         )
+
+    def _raw(self, hidden: Tensor) -> Tensor:
+        bias, low_rank = self.operands(hidden)
+        raw = F.linear(hidden, self.weight, bias)
+        return raw if low_rank is None else raw + F.linear(*low_rank)
 
     def _transform(self, raw: Tensor) -> Tensor:
         raw = raw * self.logit_scale
@@ -91,15 +123,17 @@ def find_head(model: nn.Module, *, probe: bool = True) -> Head:
 
     Raises:
         TypeError: ``model`` is no causal LM of transformers.
-        NotImplementedError: a head that is not a plain linear layer (LoRA or quantisation on the head), one
-            whose weight is sharded or offloaded, or a model that the probe found to compute its logits in
+        NotImplementedError: a head that is neither a plain linear layer nor one with PEFT's LoRA or in its
+            ``modules_to_save`` (quantisation, DoRA on the head), a method of PEFT that adds tokens, a head whose
+            weight is sharded or offloaded, or a model that the probe found to compute its logits in
             another way.
     """
     base = base_model(model)
     module = base.get_output_embeddings()
     if module is None:
         raise TypeError(f"{type(base).__name__} has no language-model head (get_output_embeddings() is None)")
-    _refuse_unknown_module(module, type(base).__name__)
+    linear, adapters = without_adapters(module, type(base).__name__)
+    _refuse_unknown_module(linear, type(base).__name__)
     backbone = base.base_model
     if backbone is base:
         raise NotImplementedError(
@@ -112,12 +146,14 @@ def find_head(model: nn.Module, *, probe: bool = True) -> Head:
         if value is not None:
             scale *= float(value) ** sign
     softcap = getattr(config, "final_logit_softcapping", None)
-    head = Head(backbone, module.weight, module.bias, None if softcap is None else float(softcap), scale)
+    head = Head(backbone, linear.weight, linear.bias, None if softcap is None else float(softcap), scale, adapters)
     if probe:
-        facts = (type(module), head.softcap, head.logit_scale, head.bias is None)
-        if _probed.get(base) != facts:
-            _compare(base, module, head)
-            _probed[base] = facts
+        facts: tuple = (type(model), type(module), head.softcap, head.logit_scale, head.bias is None)
+        facts += tuple(adapter.bias is None for adapter in adapters)
+        if facts not in _probed.setdefault(base, set()):
+            with evaluating(base):
+                _compare(model, base, module, head)
+            _probed[base].add(facts)
     return head
 
 
@@ -128,15 +164,7 @@ def base_model(model: Any) -> Any:
         TypeError: no transformers model.
         NotImplementedError: an encoder-decoder, or a PEFT method that changes the inputs (prompt learning).
     """
-    if hasattr(model, "get_base_model"):
-        if getattr(model.active_peft_config, "is_prompt_learning", False):
-            raise NotImplementedError(
-                f"PEFT's {model.active_peft_config.peft_type} adds virtual tokens to the input; adapters "
-                "inside the layers (LoRA and the like) are supported"
-            )
-        if getattr(model.active_peft_config, "alora_invocation_tokens", None):
-            raise NotImplementedError("activated LoRA looks for its invocation in PEFT's own forward, which is not run")
-        model = model.get_base_model()
+    model = without_wrapper(model)
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model_prefix"):
         raise TypeError(f"expected a transformers causal LM or a PeftModel around one, got {type(model).__name__}")
     if getattr(model.config, "is_encoder_decoder", False):
@@ -146,20 +174,11 @@ def base_model(model: Any) -> Any:
 
 def _refuse_unknown_module(module: Any, name: str) -> None:
     if type(module).forward is not nn.Linear.forward:
-        hint = (
-            "; train the head's own weight, or leave it out of PEFT's target_modules and modules_to_save"
-            if type(module).__module__.startswith("peft.")
-            else ""
-        )
         raise NotImplementedError(
             f"the head of {name} is a {type(module).__module__}.{type(module).__qualname__}; prefcore reads "
-            f"the weight of a plain torch.nn.Linear{hint}"
+            "the weight of a plain torch.nn.Linear"
         )
-    # accelerate's dispatch replaces the instance's forward; all it does here is move tensors between devices.
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
-        raise NotImplementedError(f"the forward of {name}'s head was replaced; prefcore would bypass it")
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise NotImplementedError(f"the head of {name} has forward hooks, which prefcore would bypass")
+    refuse_bypassed(module, name)
     weight = module.weight
     kind = type(weight.data).__name__
     if "DTensor" in (kind, type(weight).__name__) or weight.numel() == 0:
@@ -183,36 +202,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _compare(base: Any, module: nn.Linear, head: Head) -> None:
+def _compare(model: Any, base: Any, module: nn.Module, head: Head) -> None:
     """Raise unless the head sees the backbone's last hidden state and ``head.logits`` gives the model's
     logits.
 
     What the head sees is amplified on its way in, so that a softcap shows in the logits of any model, trained
-    or not.
+    or not; so are adapters of the head, which add nothing as they are initialised.
     """
     name = type(base).__name__
     seen: list[Tensor] = []
 
     def amplify(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        raw = F.linear(args[0].to(module.weight.device), module.weight) * abs(head.logit_scale)
+        raw = F.linear(args[0].to(head.weight.device), head.weight) * abs(head.logit_scale)
         amplified = args[0] * (_PROBE_PEAK / raw.abs().amax().clamp_min(1e-6))
         seen.extend((args[0], amplified))
         return (amplified, *args[1:])
 
     device = base.get_input_embeddings().weight.device
-    ids = (torch.arange(_PROBE_TOKENS, device=device) + 1).remainder(module.weight.shape[0])[None]
+    ids = (torch.arange(_PROBE_TOKENS, device=device) + 1).remainder(head.weight.shape[0])[None]
     mask = torch.ones_like(ids)
-    with evaluating(base):
-        hook = module.register_forward_pre_hook(amplify)
-        try:
-            theirs = base(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        except Exception as error:
-            raise NotImplementedError(f"{name} does not run on input_ids and attention_mask alone: {error}") from error
-        finally:
-            hook.remove()
-        if not seen:
-            raise NotImplementedError(f"{name} computes its logits without calling its output embeddings")
-        hidden = head.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    hook = module.register_forward_pre_hook(amplify)
+    try:
+        theirs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    except Exception as error:
+        raise NotImplementedError(f"{name} does not run on input_ids and attention_mask alone: {error}") from error
+    finally:
+        hook.remove()
+    if not seen:
+        raise NotImplementedError(f"{name} computes its logits without calling its output embeddings")
+    hidden = head.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     if hidden.shape != seen[0].shape:
         raise NotImplementedError(
             f"the head of {name} sees {tuple(seen[0].shape)}, its backbone returns {tuple(hidden.shape)}"
@@ -223,16 +241,43 @@ def _compare(base: Any, module: nn.Linear, head: Head) -> None:
             f"{name} changes the hidden states between its backbone and its head: "
             f"relative difference {gap:.2g}, best single factor {ratio:.6g}"
         )
+    if head.adapters:
+        _compare_adapters(name, module, head, seen[0])
     mine = head.logits(seen[1])
     if mine.shape != theirs.shape:
         raise NotImplementedError(f"{name} returns logits {tuple(theirs.shape)}, its head {tuple(mine.shape)}")
     gap, ratio = _difference(mine, theirs)
-    if not gap <= _tolerance(module.weight.dtype):
+    if not gap <= _tolerance(head.weight.dtype):
         raise NotImplementedError(
             f"the logits of {name} are not softcap(scale * (hidden @ weight.T + bias)) with "
             f"softcap={head.softcap}, scale={head.logit_scale:.6g}, "
             f"{'no bias' if head.bias is None else 'its bias'}: relative difference {gap:.2g}, "
             f"best single factor {ratio:.6g}"
+        )
+
+
+def _compare_adapters(name: str, module: nn.Module, head: Head, hidden: Tensor) -> None:
+    """Raise unless the head's module gives its raw logits with adapters that add as much as the weight does."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = hidden.to(head.weight.device)
+    size = F.linear(hidden, head.weight).double().norm()
+    names = {id(parameter): each for each, parameter in module.named_parameters()}
+    replaced, adapters = {}, []
+    for adapter in head.adapters:
+        scale = size / adapter.inner(hidden).double().norm().clamp_min(1e-6) / adapter.outer.shape[0] ** 0.5
+        outer = torch.randn(adapter.outer.shape, generator=generator).to(adapter.outer) * scale.to(adapter.outer)
+        replaced[names[id(adapter.outer)]] = outer
+        bias = adapter.bias
+        if bias is not None:
+            bias = torch.randn(bias.shape, generator=generator).to(bias)
+            replaced[names[id(adapter.bias)]] = bias
+        adapters.append(dataclasses.replace(adapter, outer=outer, bias=bias))
+    theirs = torch.func.functional_call(module, replaced, (hidden,))
+    gap, ratio = _difference(dataclasses.replace(head, adapters=tuple(adapters))._raw(hidden), theirs)
+    if not gap <= _tolerance(head.weight.dtype):
+        raise NotImplementedError(
+            f"the adapters of the head of {name} are not scaling * (hidden @ A.T @ B.T + bias): relative difference "
+            f"{gap:.2g}, best single factor {ratio:.6g}"
         )
 
 

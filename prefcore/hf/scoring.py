@@ -82,7 +82,7 @@ def score(
     for i, (prompt, answers) in enumerate(zip(prompts, responses, strict=True)):
         ids = [token_ids(f"response {j} of prompt {i}", answer) for j, answer in enumerate(answers)]
         context = token_ids(f"prompt {i}", prompt)
-        _check_vocabulary(i, [context, *ids], embeddings.num_embeddings)
+        _check_vocabulary(i, [context, *ids], embeddings.weight.shape[0])
         for first, last in _fitting(i, len(context), list(map(len, ids)), max_tokens, sharing, limit):
             item = {"prompt_ids": context, "response_ids": ids[first:last]}
             sides[limit is not None and len(context) + len(ids[first]) > limit].append((item, i, first))
@@ -196,6 +196,7 @@ def head_divergence(
     head: Head, states: Tensor, other: Head, other_states: Tensor, batch: PackedBatch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of the scored tokens ``[T]`` the log-probs, those of the other, which is constant, and KL(other || this)."""
+    check_divergence(head, other)
     device = head.weight.device
     stats = prefcore.linear_divergence(
         _scored_rows(states, batch).to(device),
@@ -215,6 +216,14 @@ def head_divergence(
     if logps is None or other_logps is None:
         raise RuntimeError("linear_divergence gave no log-probs")
     return logps, other_logps.detach(), stats.divergence
+
+
+def check_divergence(head: Head, other: Head) -> None:
+    """Raise for what :func:`head_divergence` has no operands for."""
+    if head.adapters or other.adapters:
+        raise NotImplementedError(
+            "whole distributions cannot be compared where PEFT has LoRA on the head; leave it out of target_modules"
+        )
 
 
 def _scored_rows(states: Tensor, batch: PackedBatch) -> Tensor:

@@ -24,6 +24,7 @@ from prefcore.data import ListDataset, PackedBatch, PackedCollator, PairDataset
 from prefcore.data.extras import WithExtras
 from prefcore.data.lists import WithMismatched
 from prefcore.data.packed import PARTS, Sharing, offsets, ranges
+from prefcore.hf._peft import reference_adapter, switched
 from prefcore.hf.feeding import (
     Feed,
     Gathered,
@@ -35,8 +36,8 @@ from prefcore.hf.feeding import (
     columns_of,
     read_losses,
 )
-from prefcore.hf.head import find_head
-from prefcore.hf.scoring import head_divergence, head_logps, head_stats, run_backbone
+from prefcore.hf.head import evaluating, find_head
+from prefcore.hf.scoring import check_divergence, head_divergence, head_logps, head_stats, run_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +75,9 @@ class PreferenceTrainer(Trainer):
 
     Where the loss needs a reference, it is the first of these that is there: log-probs in the datasets
     (:meth:`prefcore.data.PairDataset.with_reference`; ``ref_logps`` of responses or ``ref_token_logps`` of tokens
-    among the ``extras``), ``ref_model``, the model with its PEFT adapters disabled, a frozen copy of the model as it
-    comes. With ``precompute_reference`` its log-probs (of tokens, where a loss is of tokens) are computed once, here,
-    and no second model stays in memory.
+    among the ``extras``), ``ref_model``, the model with its PEFT adapter ``ref_adapter`` instead of the active ones,
+    the model with its PEFT adapters disabled, a frozen copy of the model as it comes. With ``precompute_reference`` its
+    log-probs (of tokens, where a loss is of tokens) are computed once, here, and no second model stays in memory.
 
     Batches are packed and their prompts shared (``sharing="share"``), so that ``per_device_train_batch_size`` counts
     pairs or lists and ``max_tokens`` bounds a forward pass: a batch that is larger runs as several, of about the same
@@ -96,6 +97,9 @@ class PreferenceTrainer(Trainer):
             several losses each takes those that it knows; or ``{"dpo": {...}, ...}``, the arguments of each.
         loss_weights: of several losses, positive; 1 each by default.
         ref_model: the reference; it is frozen and moved to the device.
+        ref_adapter: the name of the adapter of a ``PeftModel`` that is the reference. By default that is ``"ref"``,
+            TRL's name for it, where the model has one that is not active. It is active in the reference's forward
+            passes alone; which adapters are active and which parameters are trained stays as it was.
         precompute_reference: see above.
         sharing: ``"share"``, ``"pack"`` or ``"off"``, see :func:`prefcore.data.pack`.
         max_tokens: the most tokens of model input in a forward pass; None: all pairs of a batch at once.
@@ -129,6 +133,7 @@ class PreferenceTrainer(Trainer):
         loss_args: Mapping[str, Any] | None = None,
         loss_weights: Sequence[float] | None = None,
         ref_model: nn.Module | None = None,
+        ref_adapter: str | None = None,
         precompute_reference: bool = False,
         disable_dropout: bool = True,
         sharing: Sharing = "share",
@@ -158,6 +163,10 @@ class PreferenceTrainer(Trainer):
                 raise NotImplementedError(f"{name} wants the model's outputs, which PreferenceTrainer does not make")
         if ref_model is not None and not wants.reference:
             raise ValueError(f"the loss {loss!r} needs no reference; leave ref_model out")
+        if ref_adapter is not None and not wants.reference:
+            raise ValueError(f"the loss {loss!r} needs no reference; leave ref_adapter out")
+        if ref_adapter is not None and ref_model is not None:
+            raise ValueError("ref_model and ref_adapter are two references; give one of them")
         if precompute_reference and wants.divergence:
             raise ValueError(
                 "precompute_reference: kl_values are of the reference's whole distributions, so that it must stay in "
@@ -173,6 +182,7 @@ class PreferenceTrainer(Trainer):
         if args is not None:
             _refuse_arguments(args)
         find_head(model)
+        self._ref_adapter = reference_adapter(model, ref_adapter)
         if disable_dropout:
             _disable_dropout(model)
         if wants.mismatched:
@@ -230,6 +240,10 @@ class PreferenceTrainer(Trainer):
         for each in (self._ref_model, self._prev_model):
             if each is not None and not hasattr(each, "hf_device_map"):
                 each.to(self.args.device)
+        if wants.divergence:
+            with self._frozen("ref") as other:
+                reference = find_head(other)
+            check_divergence(find_head(model), reference)
         sharing = getattr(collator, "sharing", "off")  # of an unknown collator the first batch will tell
         if sharing != "off":
             from prefcore.hf.attention import check
@@ -482,14 +496,9 @@ class PreferenceTrainer(Trainer):
                 yield given
                 return
             model: Any = self.model
-            training = model.training
-            model.eval()
             bare = source == "ref" and hasattr(model, "disable_adapter")
-            try:
-                with model.disable_adapter() if bare else nullcontext():
-                    yield model
-            finally:
-                model.train(training)
+            with evaluating(model), switched(model, self._ref_adapter) if bare else nullcontext():
+                yield model
 
     def _score(self, model: Any, batch: PackedBatch) -> Tensor:
         with self.accelerator.autocast():

@@ -258,6 +258,16 @@ def test_adapters_are_held_against_the_model_without_them(tiny, tmp_path):
     assert ((given - wanted).abs() <= DIGITS + ROUNDING).all()
 
 
+def test_virtual_tokens_of_a_prompt_are_refused(tiny, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny[0])
+    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    data = write(tmp_path / "data.jsonl", PLAIN)
+    assert command("--model", tmp_path / "adapter", "--data", data, "--output", tmp_path / "page.html") == 1
+    assert "adds virtual tokens to the input" in capsys.readouterr().err
+
+
 def test_reference_and_model_are_never_in_memory_together(tiny, tmp_path, monkeypatch):
     alive, names = [], []
     load = credit._Model.load

@@ -1,7 +1,5 @@
 """The head found in a model gives the model's own log-probs and gradients, or is refused."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -174,43 +172,6 @@ def test_a_changed_config_is_probed_again():
     cohere.config.logit_scale = 0.5  # Cohere read it once
     with pytest.raises(NotImplementedError, match=r"best single factor 0\.5"):
         find_head(cohere)
-
-
-@pytest.mark.quick
-def test_lora_on_the_layers_works_and_on_the_head_is_refused():
-    peft = pytest.importorskip("peft")
-    model = make("llama").double()
-    before = response_logps(model, padded()).detach()
-    lora = peft.get_peft_model(
-        copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    ).double()
-    for name, parameter in lora.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
-    expected = plain_logps(lora, *examples())
-    assert not torch.allclose(expected, before)
-    torch.testing.assert_close(response_logps(lora, padded()), expected, rtol=1e-9, atol=1e-9)
-    with lora.disable_adapter():
-        torch.testing.assert_close(response_logps(lora, padded()), before, rtol=1e-9, atol=1e-9)
-
-    for settings in (
-        {"target_modules": ["lm_head"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    ):
-        wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
-        with pytest.raises(NotImplementedError, match="leave it out of PEFT's target_modules"):
-            find_head(wrapped)
-    activated = peft.get_peft_model(
-        copy.deepcopy(model),
-        peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]),
-    )
-    with pytest.raises(NotImplementedError, match="activated LoRA"):
-        find_head(activated)
-    prefix = peft.get_peft_model(
-        copy.deepcopy(model), peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    )
-    with pytest.raises(NotImplementedError, match="virtual tokens"):
-        find_head(prefix)
 
 
 @pytest.mark.quick
