@@ -196,19 +196,27 @@ def head_divergence(
     head: Head, states: Tensor, other: Head, other_states: Tensor, batch: PackedBatch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of the scored tokens ``[T]`` the log-probs, those of the other, which is constant, and KL(other || this)."""
-    check_divergence(head, other)
     device = head.weight.device
+    hidden = _scored_rows(states, batch).to(device)
+    bias, low_rank = head.operands(hidden)
+    with torch.no_grad():
+        other_hidden = _scored_rows(other_states, batch).detach()
+        other_bias, other_low_rank = other.operands(other_hidden.to(other.weight.device))
+    if other_low_rank is not None:
+        other_low_rank = other_low_rank[0].to(device), other_low_rank[1].to(device)
     stats = prefcore.linear_divergence(
-        _scored_rows(states, batch).to(device),
+        hidden,
         head.weight,
-        _scored_rows(other_states, batch).detach().to(device),
+        other_hidden.to(device),
         other.weight.detach().to(device),
         batch.targets.to(device),
         kind="kl_qp",
-        bias=head.bias,
+        bias=bias,
+        low_rank=low_rank,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
-        other_bias=None if other.bias is None else other.bias.detach().to(device),
+        other_bias=None if other_bias is None else other_bias.detach().to(device),
+        other_low_rank=other_low_rank,
         other_softcap=other.softcap,
         other_logit_scale=other.logit_scale,
     )
@@ -216,14 +224,6 @@ def head_divergence(
     if logps is None or other_logps is None:
         raise RuntimeError("linear_divergence gave no log-probs")
     return logps, other_logps.detach(), stats.divergence
-
-
-def check_divergence(head: Head, other: Head) -> None:
-    """Raise for what :func:`head_divergence` has no operands for."""
-    if head.adapters or other.adapters:
-        raise NotImplementedError(
-            "whole distributions cannot be compared where PEFT has LoRA on the head; leave it out of target_modules"
-        )
 
 
 def _scored_rows(states: Tensor, batch: PackedBatch) -> Tensor:

@@ -37,7 +37,7 @@ from prefcore.hf.feeding import (
     read_losses,
 )
 from prefcore.hf.head import evaluating, find_head
-from prefcore.hf.scoring import check_divergence, head_divergence, head_logps, head_stats, run_backbone
+from prefcore.hf.scoring import head_divergence, head_logps, head_stats, run_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -240,10 +240,6 @@ class PreferenceTrainer(Trainer):
         for each in (self._ref_model, self._prev_model):
             if each is not None and not hasattr(each, "hf_device_map"):
                 each.to(self.args.device)
-        if wants.divergence:
-            with self._frozen("ref") as other:
-                reference = find_head(other)
-            check_divergence(find_head(model), reference)
         sharing = getattr(collator, "sharing", "off")  # of an unknown collator the first batch will tell
         if sharing != "off":
             from prefcore.hf.attention import check

@@ -585,24 +585,31 @@ def test_references_that_cannot_be_are_refused(tmp_path):
         build(with_reference("ref"), ref_adapter="ref", loss="simpo", loss_args={"gamma": 1.0})
 
 
-def test_kl_of_whole_distributions_is_as_with_a_second_model_and_refuses_adapters_of_the_head(tmp_path):
+def test_kl_of_whole_distributions_is_that_of_logits(tmp_path):
     pairs = make_pairs(4)
-
-    def run(model, **settings):
-        trainer = PreferenceTrainer(model, arguments(tmp_path), pairs, loss="tdpo2", sharing="off", **settings)
-        trainer.train()
-        return [entry["loss"] for entry in trainer.state.log_history[:2]], trained(model)
-
-    for targets in (["q_proj"], ["q_proj", "v_proj"]):
-        model, single = (stir(plain(lora(*targets, modules_to_save=["lm_head"]))) for _ in range(2))
-        losses, expected = run(single, ref_model=make())
-        found, got = run(model)
-        assert found == pytest.approx(losses, rel=1e-5)
-        assert got.keys() == expected.keys()
-        for name in got:
-            torch.testing.assert_close(got[name], expected[name], rtol=2e-5, atol=2e-6, msg=name)
-    with pytest.raises(NotImplementedError, match=r"whole distributions.*LoRA on the head"):
-        PreferenceTrainer(stir(plain(lora("lm_head"))), arguments(tmp_path), pairs, loss="tdpo2")
+    (batch,) = PackedCollator("off")([pairs[i] for i in range(len(pairs))])
+    for model, disabled in (
+        (stir(plain(lora("q_proj", modules_to_save=["lm_head"]))), True),
+        (stir(plain(lora("q_proj", "lm_head"))), True),
+        (stir(plain(lora("lm_head", lora_bias=True), "bias")), True),
+        (with_reference("ref"), False),
+    ):
+        trainer = PreferenceTrainer(model, arguments(tmp_path), pairs, loss="tdpo2", sharing="off")
+        model.double()
+        with _peft.switched(model, None if disabled else "ref"), torch.no_grad():
+            ids, mask = batch.input_ids.view(-1, batch.layout.width), batch.layout.padding_mask(batch.input_ids.device)
+            reference = model(input_ids=ids, attention_mask=mask).logits.flatten(0, 1)[batch.rows].log_softmax(-1)
+        own = model(input_ids=ids, attention_mask=mask).logits.flatten(0, 1)[batch.rows].log_softmax(-1)
+        expected = (reference.exp() * (reference - own)).sum(-1)
+        theirs = gradients(model, expected)
+        policy, ref_logps = trainer._run_policy(model, batch)
+        torch.testing.assert_close(policy.kl_values, expected, rtol=1e-9, atol=1e-9)
+        chosen = reference.gather(1, batch.targets[:, None])[:, 0]
+        torch.testing.assert_close(ref_logps, chosen, rtol=1e-9, atol=1e-9)
+        mine = gradients(model, policy.kl_values)
+        assert mine.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            torch.testing.assert_close(mine[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def _worker(rank, path):
