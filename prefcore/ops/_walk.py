@@ -58,7 +58,7 @@ class Slice(NamedTuple):
     """A slice of the vocabulary: rows of the weight, and of its low-rank part where it has one.
 
     The low-rank part takes GEMMs of its own, over columns of the hidden states. One GEMM over both would need a copy of
-    the weight beside it, which costs as much as the tile's second pass at a thousand rows and more at fewer.
+    the weight beside it, which on a CPU cost more than the second pass over the tile, most at few rows.
     """
 
     weight: Tensor  # [cols, D]
