@@ -143,7 +143,7 @@ DISTILLATION = {
     "jsd": {"beta": 0.5, "kind": "softcap", "teacher": "scale"},
     "jsd-skewed": {"beta": 0.1, "temperature": 0.6, "kind": "bias", "teacher": "softcap", "width": 24},
     "jsd-skewed-back": {"beta": 0.9, "kind": "tied", "teacher": "bias", "gradient_accumulation_steps": 2},
-    "reverse": {"beta": 1.0, "kind": "divided", "teacher": "divided"},
+    "reverse": {"beta": 1.0, "kind": "divided", "teacher": "scale"},
     "reverse-accumulated": {"beta": 1.0, "gradient_accumulation_steps": 2, "temperature": 0.8, "kind": "scale"},
     "lora": {"adapter": "config", "beta": 0.5, "gradient_checkpointing": True},
     "moe": {"kind": "moe", "beta": 0.0},

@@ -234,8 +234,9 @@ def test_sdft_trains_alike(harness, maker, servers, cell):
     harness.assert_same(ours, theirs)
 
 
+# Its losses are SDFT's, in a copy of its own.
 SDPO = {
-    **SELF_DISTILLATION,
+    **{cell: SELF_DISTILLATION[cell] for cell in ("sampled", "topk-off-policy", "full-off-policy", "served-topk")},
     "policy-grpo": {"distillation_weight": 0.0, "loss_type": "grpo", "num_iterations": 2},
     "policy-bnpo": {"distillation_weight": 0.0, "loss_type": "bnpo", "importance_sampling_level": "sequence"},
     "policy-dr_grpo": {
