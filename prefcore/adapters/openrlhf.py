@@ -18,14 +18,15 @@ of reward models, ``PairWiseLoss`` and ``LogExpLoss``. Advantages are methods of
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prefcore import losses
+from prefcore._patching import Patch, Target, installed
 from prefcore._types import PolicyTerms
-from prefcore.adapters._patch import Patch
 from prefcore.adapters._tensors import Responses, entropies, kl_estimates, mean
 from prefcore.advantages import to_tokens
 from prefcore.losses import policy
@@ -414,10 +415,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "ValueLoss": ValueLoss,
     },
 }
-_PATCH = Patch("openrlhf", VERSIONS, ADAPTERS)
+_TARGETS = [Target(place, name, ours) for place, names in ADAPTERS.items() for name, ours in names.items()]
+_PATCH = Patch("prefcore.adapters.openrlhf", installed("openrlhf", *VERSIONS), lambda: _TARGETS)
 
 
-def enable(*, skip: Collection[str] = ()) -> Patch:
+def enable(*, skip: Collection[str] = ()) -> AbstractContextManager:
     """Put what is in this module in the place of OpenRLHF's, in its modules, loaded now or later.
 
     In every process that trains, Ray's actors among them, before trainers are built: what already holds one of
@@ -427,9 +429,10 @@ def enable(*, skip: Collection[str] = ()) -> Patch:
 
 
 def disable() -> None:
-    """Put OpenRLHF's functions back, in modules loaded since too."""
+    """Put OpenRLHF's own functions back, in modules loaded since too; nothing where not enabled."""
     _PATCH.disable()
 
 
 def enabled() -> bool:
+    """Whether OpenRLHF's functions are replaced by ours."""
     return _PATCH.enabled()

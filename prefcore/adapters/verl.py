@@ -28,6 +28,7 @@ call others by name, and so call ours once enabled. ``compute_policy_loss`` is d
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -35,8 +36,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prefcore import advantages as estimates
+from prefcore._patching import Patch, Target, installed
 from prefcore._types import PolicyTerms
-from prefcore.adapters._patch import Patch
 from prefcore.adapters._tensors import Responses, entropies, kl_estimates, mean
 from prefcore.losses import policy
 from prefcore.losses._checks import wide
@@ -979,10 +980,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "verl.utils.kernel.linear_cross_entropy": _named(linear_cross_entropy),
     "verl.trainer.ppo.core_algos": _named(*_OTHERS, *_POLICY_LOSSES, *_ADVANTAGES),
 }
-_PATCH = Patch("verl", VERSIONS, ADAPTERS)
+_TARGETS = [Target(place, name, ours) for place, names in ADAPTERS.items() for name, ours in names.items()]
+_PATCH = Patch("prefcore.adapters.verl", installed("verl", *VERSIONS), lambda: _TARGETS)
 
 
-def enable(*, skip: Collection[str] = ()) -> Patch:
+def enable(*, skip: Collection[str] = ()) -> AbstractContextManager:
     """Put the functions of this module in the place of verl's, in its modules and registries, loaded now or later.
 
     In every process that trains, before trainers are built: what already holds one of verl's functions keeps it.
@@ -1003,9 +1005,10 @@ def enable(*, skip: Collection[str] = ()) -> Patch:
 
 
 def disable() -> None:
-    """Put verl's functions back, in modules loaded since too."""
+    """Put verl's own functions back, in modules loaded since too; nothing where not enabled."""
     _PATCH.disable()
 
 
 def enabled() -> bool:
+    """Whether verl's functions are replaced by ours."""
     return _PATCH.enabled()

@@ -71,9 +71,7 @@ def pretend(tmp_path, monkeypatch):
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.syspath_prepend(str(tmp_path))
         found = importlib.metadata.version
-        monkeypatch.setattr(
-            "prefcore.adapters._patch.version", lambda name: version if name == package else found(name)
-        )
+        monkeypatch.setattr("prefcore._patching.version", lambda name: version if name == package else found(name))
         importlib.invalidate_caches()
 
     yield build

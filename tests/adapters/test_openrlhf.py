@@ -398,7 +398,7 @@ def test_enabling_replaces_what_trainers_have_imported(pretend):
 
 def test_another_openrlhf_is_refused(pretend):
     pretend("openrlhf", "0.8.0", pretended())
-    with pytest.raises(RuntimeError, match=r"openrlhf 0\.8\.0: what is replaced was read in 0\.11\.2"):
+    with pytest.raises(RuntimeError, match=r"looked for openrlhf 0\.11\.2 and found 0\.8\.0"):
         ours.enable()
     assert not ours.enabled()
 

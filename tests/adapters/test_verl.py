@@ -715,7 +715,13 @@ def test_enabling_replaces_functions_wherever_verl_has_imported_them(pretend):
         assert core_algos.REGISTRY["compute_policy_loss_gspo"] is ours.compute_policy_loss_gspo
         assert core_algos.kl_penalty is late.kl_penalty is theirs[1]
         assert sys.modules["verl.utils.kernel.linear_cross_entropy"].linear_cross_entropy is ours.linear_cross_entropy
+        with pytest.raises(ValueError, match="nothing"):
+            ours.enable(skip=("nothing",))
+        assert core_algos.agg_loss is ours.agg_loss
         ours.enable()
+        assert core_algos.kl_penalty is late.kl_penalty is ours.kl_penalty
+        ours.enable(skip=("agg_loss",))
+        assert core_algos.agg_loss is early.aggregate is late.agg_loss is theirs[0]
         assert core_algos.kl_penalty is late.kl_penalty is ours.kl_penalty
     assert not ours.enabled()
     assert (late.agg_loss, late.kl_penalty) == theirs
@@ -727,10 +733,14 @@ def test_enabling_replaces_functions_wherever_verl_has_imported_them(pretend):
 @pytest.mark.parametrize(
     ("release", "changes", "message"),
     [
-        ("0.10.0", {}, r"verl 0\.10\.0: what is replaced was read in 0\.9\.1"),
-        ("0.9.1", {"agg_loss": None}, r"has no verl\.trainer\.ppo\.core_algos\.agg_loss"),
-        ("0.9.1", {"agg_loss": "loss_mat, loss_mask"}, "agg_loss has the signature"),
-        ("0.9.1", {"linear_cross_entropy": "hidden, weight"}, "linear_cross_entropy has the signature"),
+        ("0.10.0", {}, r"looked for verl 0\.9\.1 and found 0\.10\.0"),
+        ("0.9.1", {"agg_loss": None}, r"core_algos\.agg_loss\(loss_mat, .*\) in verl 0\.9\.1 and did not find it"),
+        (
+            "0.9.1",
+            {"agg_loss": "loss_mat, loss_mask"},
+            r"agg_loss\(loss_mat, .*\) .* the parameters \(loss_mat, loss_mask\)",
+        ),
+        ("0.9.1", {"linear_cross_entropy": "hidden"}, r"linear_cross_entropy\(hidden, .*\) .* parameters \(hidden\)"),
     ],
 )
 def test_an_unknown_verl_is_refused_and_left_alone(pretend, release, changes, message):
@@ -746,7 +756,7 @@ def test_an_unknown_verl_is_refused_and_left_alone(pretend, release, changes, me
 
 @pytest.mark.skipif(bool(installed), reason="verl is installed")
 def test_without_verl_enabling_says_so():
-    with pytest.raises(ImportError, match="verl is not installed"):
+    with pytest.raises(ImportError, match=r"looked for verl 0\.9\.1: .*verl"):
         ours.enable()
 
 

@@ -213,7 +213,9 @@ def test_an_experimental_function_that_has_changed_is_left_and_told(monkeypatch)
 
     monkeypatch.setattr(GKDTrainer, "generalized_jsd_loss", staticmethod(lambda student, teacher: 0))
     changed = GKDTrainer.generalized_jsd_loss
-    with pytest.warns(RuntimeWarning, match=r"GKDTrainer\.generalized_jsd_loss\(.*\(student, teacher\); it stays TRL"):
+    with pytest.warns(
+        RuntimeWarning, match=r"GKDTrainer\.generalized_jsd_loss\(.*\(student, teacher\); it stays trl's own"
+    ):
         prefcore.trl.enable()
     assert GKDTrainer.generalized_jsd_loss is changed
     prefcore.trl.disable()
