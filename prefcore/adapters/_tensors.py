@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import cast
 
 import torch
@@ -38,6 +39,10 @@ class Responses:
         out = torch.zeros(self.kept.shape, dtype=like.dtype, device=like.device)
         out[self.kept] = packed.to(like.dtype)
         return out
+
+
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors))
 
 
 def mean(values: Tensor) -> Tensor:

@@ -11,8 +11,17 @@ and ``openrlhf.models.loss``, and return results of the same shapes. What differ
 
 ``Actor`` makes float32 logits ``[B, L, V]`` before it calls any of these, and still does.
 
-Not here, since prefcore has nothing for it: ``masked_mean``, ``masked_normalize``, ``compute_reward``, and the losses
-of reward models, ``PairWiseLoss`` and ``LogExpLoss``. Advantages are methods of its experience maker, not functions.
+How OpenRLHF comes to use them: in the place of ``-m openrlhf.cli.train_dpo`` a script of your own, that says ::
+
+    from prefcore.adapters import openrlhf
+    openrlhf.enable()
+    runpy.run_module("openrlhf.cli.train_dpo", run_name="__main__")
+
+Ray's workers do so as well where the job's runtime environment has ``prefcore.adapters.openrlhf.enable`` as its
+``worker_process_setup_hook``.
+
+Not here, since prefcore has nothing for it: ``masked_mean``, ``masked_normalize`` and ``compute_reward``. Advantages
+are methods of its experience maker, not functions.
 """
 
 from __future__ import annotations
@@ -27,7 +36,7 @@ from torch import Tensor, nn
 from prefcore import losses
 from prefcore._patching import Patch, Target, installed
 from prefcore._types import PolicyTerms
-from prefcore.adapters._tensors import Responses, entropies, kl_estimates, mean
+from prefcore.adapters._tensors import Responses, common_dtype, entropies, kl_estimates, mean
 from prefcore.advantages import to_tokens
 from prefcore.losses import policy
 from prefcore.ops.aggregate import How, aggregate
@@ -285,7 +294,7 @@ class PolicyLoss(nn.Module):
         count = batch_num_tokens if self.token_level_loss else global_batch_size
         loss = _aggregate(out.losses, responses, self.token_level_loss, dp_size, count)
         clipped = (out.stats.clipped_low + out.stats.clipped_high) / max(logps.numel(), 1)
-        dtype = torch.promote_types(log_probs.dtype, advantages.dtype)
+        dtype = common_dtype(log_probs, advantages)
         return loss.to(dtype), clipped.float(), mean(old - logps.detach()).to(log_probs.dtype), vllm_kl, filtered
 
     def _gspo(self, logps: Tensor, old: Tensor, advantages: Tensor, responses: Responses) -> PolicyTerms:
@@ -350,15 +359,17 @@ class ValueLoss(nn.Module):
         batch_num_tokens: float | Tensor | None = None,
         global_batch_size: float | Tensor | None = None,
     ) -> Tensor:
-        """0-dim, of ``[B, L]``; the counts are those of :func:`aggregate_loss`."""
+        """0-dim in the inputs' common dtype, of ``[B, L]``; the counts are those of :func:`aggregate_loss`."""
         responses = _responses(action_mask, values)
+        dtype = common_dtype(values, returns)
         own, targets = responses.pack("values", values), responses.pack("returns", returns)
         if self.clip_eps is None:
             out = policy.ppo_value(own, None, targets)
         else:
+            dtype = common_dtype(values, old_values, returns)
             out = policy.ppo_value(own, responses.pack("old_values", old_values), targets, eps_v=self.clip_eps)
         count = batch_num_tokens if self.token_level_loss else global_batch_size
-        return _aggregate(out.losses, responses, self.token_level_loss, dp_size, count).to(values.dtype)
+        return _aggregate(out.losses, responses, self.token_level_loss, dp_size, count).to(dtype)
 
 
 class DPOLoss(nn.Module):
@@ -399,6 +410,31 @@ class DPOLoss(nn.Module):
         return mean(found).to(policy_chosen_logps.dtype), chosen, rejected
 
 
+class PairWiseLoss(nn.Module):
+    """:func:`prefcore.losses.dpo` of rewards themselves; OpenRLHF's of this name in ``openrlhf.models.loss``."""
+
+    def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Tensor | None = None) -> Tensor:
+        """The mean of -log sigmoid(chosen - reject - margin), 0-dim in the rewards' dtype, of ``[P]`` each.
+
+        Raises:
+            ValueError: shapes or devices that differ.
+        """
+        none = torch.zeros_like(chosen_reward)
+        found = losses.dpo(chosen_reward, reject_reward, none, none if margin is None else -margin, beta=1.0)
+        return mean(found).to(common_dtype(chosen_reward, reject_reward))
+
+
+class LogExpLoss(PairWiseLoss):
+    """The mean of log(1 + exp(reject - chosen)); OpenRLHF's of this name in ``openrlhf.models.loss``.
+
+    The same as :class:`PairWiseLoss` without a margin, finite where OpenRLHF's exponential overflows.
+    """
+
+    def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Tensor | None = None) -> Tensor:
+        """0-dim, of ``[P]`` each; ``margin`` is unused, as in OpenRLHF."""
+        return super().forward(chosen_reward, reject_reward)
+
+
 #: What is replaced, by OpenRLHF's modules.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "openrlhf.models.utils": {
@@ -410,6 +446,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "aggregate_loss": aggregate_loss,
         "DPOLoss": DPOLoss,
         "GPTLMLoss": GPTLMLoss,
+        "LogExpLoss": LogExpLoss,
+        "PairWiseLoss": PairWiseLoss,
         "PolicyLoss": PolicyLoss,
         "SFTLoss": SFTLoss,
         "ValueLoss": ValueLoss,

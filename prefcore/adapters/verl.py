@@ -20,9 +20,10 @@ and ``VERL_USE_EXTERNAL_MODULES=fast`` in the environment, by which every worker
 verl's registries, by ``register_policy_loss("name")(compute_policy_loss_gspo)`` and ``register_adv_est``.
 
 Not here, since prefcore has nothing for it: ``compute_optimal_token_baseline_advantage`` and its variant for several
-turns, ``compute_grpo_passk_outcome_advantage``, ``masked_mean`` and its kin, ``compute_rewards``, and the
-vocabulary-parallel functions of Megatron. ``compute_policy_loss_bypass_mode`` and ``compute_gdpo_outcome_advantage``
-call others by name, and so call ours once enabled. ``compute_policy_loss`` is deprecated there.
+turns, ``compute_grpo_passk_outcome_advantage``, ``masked_mean`` and its kin, ``compute_rewards``, the distillation
+losses of a teacher's top k, and the vocabulary-parallel functions of Megatron. ``compute_policy_loss_bypass_mode`` and
+``compute_gdpo_outcome_advantage`` call others by name, and so call ours once enabled. ``compute_policy_loss`` is
+deprecated there.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 from prefcore import advantages as estimates
 from prefcore._patching import Patch, Target, installed
 from prefcore._types import PolicyTerms
-from prefcore.adapters._tensors import Responses, entropies, kl_estimates, mean
+from prefcore.adapters._tensors import Responses, common_dtype, entropies, kl_estimates, mean
 from prefcore.losses import policy
 from prefcore.losses._checks import wide
 from prefcore.ops.aggregate import How, aggregate
@@ -323,7 +324,9 @@ def compute_value_loss(
         "loss_scale_factor": loss_scale_factor,
     }
     clipped = (out.stats.clipped_low + out.stats.clipped_high) / out.stats.tokens.clamp(min=1)
-    return _aggregate(out.losses, responses, loss_agg_mode, info).to(vpreds.dtype), clipped.float()
+    return _aggregate(out.losses, responses, loss_agg_mode, info).to(
+        common_dtype(vpreds, returns, values)
+    ), clipped.float()
 
 
 def compute_entropy_loss(logits: Tensor, response_mask: Tensor, loss_agg_mode: str = "token-mean") -> Tensor:
@@ -364,7 +367,7 @@ class _Batch:
         if config is None:
             raise ValueError("config must be the actor's configuration")
         self.responses, self.config = Responses(response_mask), config
-        self.dtype = torch.promote_types(log_prob.dtype, advantages.dtype)
+        self.dtype = common_dtype(log_prob, advantages)
         self.logps = self.responses.pack("log_prob", log_prob)
         self.old_logps = self.responses.pack("old_log_prob", old_log_prob.detach()).to(self.logps.dtype)
         self.advantages = self.responses.pack("advantages", advantages.detach()).to(self.logps.dtype)

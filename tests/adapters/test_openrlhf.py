@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from prefcore.adapters import openrlhf as ours
 
 COUNTS = "dp_size=1, batch_num_tokens=None, global_batch_size=None"
+PAIR = "self, chosen_reward, reject_reward, margin=None"
 # As they are in OpenRLHF 0.11.2, without annotations.
 SIGNATURES = {
     "openrlhf.models.utils": {
@@ -26,6 +27,14 @@ SIGNATURES = {
             "__init__": "self, beta, label_smoothing=0.0, ipo=False",
             "forward": "self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, "
             "reference_rejected_logps",
+        },
+        "LogExpLoss": {
+            "__init__": "self, *args, **kwargs",
+            "forward": "self, chosen_reward, reject_reward, margin=None",
+        },
+        "PairWiseLoss": {
+            "__init__": "self, *args, **kwargs",
+            "forward": "self, chosen_reward, reject_reward, margin=None",
         },
         "GPTLMLoss": {"__init__": "self, ring_attn_group=None", "forward": "self, logits, labels"},
         "PolicyLoss": {
@@ -319,6 +328,27 @@ def test_preferences(smoothing, ipo):
     assert ours.DPOLoss(0.3, smoothing, ipo)(*none)[0] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rewards_of_pairs(dtype):
+    chosen, reject = (x.to(dtype).requires_grad_() for x in 3 * torch.randn(2, 9, generator=torch.manual_seed(0)))
+    margin = torch.rand(9, generator=torch.manual_seed(1)).to(dtype)
+    for module, given, gap in (
+        (ours.PairWiseLoss(), (), chosen.double() - reject.double()),
+        (ours.PairWiseLoss(), (margin,), chosen.double() - reject.double() - margin.double()),
+        (ours.LogExpLoss(), (margin,), chosen.double() - reject.double()),
+    ):
+        got, want = module(chosen, reject, *given), (1 + (-gap).exp()).log().mean()
+        assert got.dtype == dtype
+        # Some ten roundings of float32, or float64, and one of the result.
+        slack = 16 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps if dtype == torch.bfloat16 else SLACK64
+        close(got.double(), want, slack)
+        for slope, true in zip(*(torch.autograd.grad(x, (chosen, reject)) for x in (got, want)), strict=True):
+            close(slope.double(), true.double(), slack)
+    far = torch.tensor([1e4]), torch.tensor([-1e4])
+    assert ours.LogExpLoss()(far[1], far[0]) == 2e4
+    assert ours.PairWiseLoss()(torch.zeros(0), torch.zeros(0)) == 0
+
+
 @pytest.mark.parametrize("mask", [torch.zeros(3, 4), torch.zeros(0, 4), torch.zeros(2, 0)])
 @pytest.mark.parametrize("settings", CORRECTIONS, ids=lambda s: "-".join(map(str, s[:3])))
 def test_batches_without_tokens_have_losses_of_zero(make_batch, mask, settings):
@@ -332,6 +362,17 @@ def test_batches_without_tokens_have_losses_of_zero(make_batch, mask, settings):
         assert all(x == 0 for x in found if x is not None)
     assert ours.ValueLoss(0.2)(batch.values, batch.old_values, batch.rewards, mask) == 0
     assert ours.SFTLoss(False)(batch.logps, mask) == 0
+
+
+def test_a_loss_of_values_is_rounded_to_16_bits_only_where_all_are(make_batch):
+    batch = make_batch(dtype=torch.bfloat16)
+    values, old, returns = batch.values, batch.old_values, batch.rewards
+    for clip_eps in (None, 0.2):
+        module = ours.ValueLoss(clip_eps)
+        assert module(values, old, returns, batch.mask).dtype == torch.bfloat16
+        loss = module(values, old, returns.float(), batch.mask)
+        assert loss.dtype == torch.float32
+        assert loss == module(values.float(), old.float(), returns.float(), batch.mask)
 
 
 def test_losses_keep_16_bits(make_batch):
@@ -460,5 +501,8 @@ def test_openrlhf_returns_the_same(make_batch):
                             x,
                         )
     sums = [20 * torch.randn(7) for _ in range(3)]
+    for more in ((), (torch.rand(7),)):
+        both(lambda _, m, y, given=more: m.PairWiseLoss()(y, sums[0], *given), torch.randn(7))
+        both(lambda _, m, y, given=more: m.LogExpLoss()(y, sums[0], *given), torch.randn(7))
     for smoothing, ipo in ((0.0, False), (0.2, False), (0.0, True)):
         both(lambda _, m, y, s=smoothing, i=ipo: m.DPOLoss(0.3, s, i)(y, *sums), 20 * torch.randn(7))

@@ -1,5 +1,6 @@
 """``prefcore.adapters.verl`` against verl 0.9.1: signatures, formulas in float64, its own code if it is there."""
 
+import importlib
 import inspect
 import math
 import sys
@@ -318,6 +319,15 @@ def test_values_have_a_clipped_loss(make_batch, mode):
     close(loss, want)
     assert float(clipped) == pytest.approx(float(whole(counts).mean()), rel=SLACK32)
     close(torch.autograd.grad(loss, values)[0], torch.autograd.grad(want, values)[0])
+
+
+def test_a_loss_of_values_is_rounded_to_16_bits_only_where_all_are(make_batch):
+    batch = make_batch(dtype=torch.bfloat16)
+    given = batch.values, batch.rewards, batch.old_values
+    assert ours.compute_value_loss(*given, batch.mask, 0.3)[0].dtype == torch.bfloat16
+    loss, _ = ours.compute_value_loss(given[0], given[1].float(), given[2], batch.mask, 0.3)
+    assert loss.dtype == torch.float32
+    assert loss == ours.compute_value_loss(*(x.float() for x in given), batch.mask, 0.3)[0]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -751,6 +761,18 @@ def test_an_unknown_verl_is_refused_and_left_alone(pretend, release, changes, me
     with pytest.raises(RuntimeError, match=message):
         ours.enable()
     assert vars(core_algos) == before
+    assert not ours.enabled()
+
+
+@pytest.mark.parametrize("missing", ["tensordict_", "verl.utils.gone"])
+def test_what_cannot_be_imported_is_told_from_what_verl_lacks(pretend, missing):
+    core = "verl.trainer.ppo.core_algos"
+    pretend("verl", "0.9.1", pretended() | {core: f"import {missing}\n"})
+    kind, message = (RuntimeError, "did not find it") if "gone" in missing else (ImportError, "cannot be imported")
+    with pytest.raises(kind, match=rf"looked for {core}\.agg_loss\(.* in verl 0\.9\.1.*{message}.*{missing}"):
+        ours.enable()
+    functional = importlib.import_module("verl.utils.torch_functional")
+    assert functional.entropy_from_logits is not ours.entropy_from_logits
     assert not ours.enabled()
 
 
