@@ -76,8 +76,10 @@ class Patch(AbstractContextManager):
         self._undo: list[Callable[[], None]] = []
 
     def enable(self, skip: Collection[str] = ()) -> Patch:
-        """All targets but those named by ``skip``; enabled already, that choice alone is changed."""
+        """All targets but those named by ``skip``; again, it changes that choice and serves what was reloaded."""
         with self.lock:
+            if not self._in_place():
+                self.disable()
             if self._found is not None and self._skip == frozenset(skip):
                 return self
             found = self._look() if self._found is None else self._found
@@ -113,6 +115,11 @@ class Patch(AbstractContextManager):
     def enabled(self) -> bool:
         return self._found is not None
 
+    def _in_place(self) -> bool:
+        """False where modules were loaded anew since, as in a notebook: these hold the package's own."""
+        wanted = [target for target, _ in self._found or () if target.name not in self._skip]
+        return all(self._holder(target)[1].get(target.name.split(".")[-1]) is target.ours for target in wanted)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -136,17 +143,13 @@ class Patch(AbstractContextManager):
         refusal = f"{self._owner} looked for {target.module}.{target.name}({', '.join(expected)}) in {package.name} "
         refusal += package.version()
         try:
-            module = importlib.import_module(target.module)
+            importlib.import_module(target.module)
         except ImportError as error:
             if (error.name or "").partition(".")[0] == package.name:
                 raise RuntimeError(f"{refusal} and did not find it: {error!r}") from error
             raise ImportError(f"{refusal}, which cannot be imported: {error}", name=error.name) from error
         try:
-            *holders, name = target.name.split(".")
-            holder: Any = module
-            for outer in holders:
-                holder = getattr(holder, outer)
-            found = vars(holder)[name]
+            found = self._holder(target)[1][target.name.split(".")[-1]]
         except (AttributeError, KeyError) as error:
             raise RuntimeError(f"{refusal} and did not find it: {error!r}") from error
         try:
@@ -157,6 +160,14 @@ class Patch(AbstractContextManager):
             raise RuntimeError(f"{refusal} and found it with the parameters ({', '.join(parameters)})")
         return found
 
+    @staticmethod
+    def _holder(target: Target) -> tuple[Any, Mapping[str, Any]]:
+        """The module or class that has it, and what that holds."""
+        holder: Any = importlib.import_module(target.module)
+        for outer in target.name.split(".")[:-1]:
+            holder = getattr(holder, outer)
+        return holder, vars(holder)
+
     def replace_later(self, target: Target) -> None:
         """In a module that is loaded."""
         try:
@@ -164,11 +175,13 @@ class Patch(AbstractContextManager):
         except RuntimeError as error:
             warnings.warn(f"{error}; it stays {self._package.name}'s own", RuntimeWarning, stacklevel=2)
             return
+        holder, name = self._holder(target)[0], target.name.split(".")[-1]
         if isinstance(found, staticmethod):
-            holder, name = target.name.split(".")
-            owner = getattr(sys.modules[target.module], holder)
-            setattr(owner, name, staticmethod(target.ours(found.__func__)))
-            self._undo.append(lambda: setattr(owner, name, found))
+            setattr(holder, name, staticmethod(target.ours(found.__func__)))
+            self._undo.append(lambda: setattr(holder, name, found))
+        elif target.alone:
+            setattr(holder, name, target.ours(found))
+            self._undo.append(lambda: setattr(holder, name, found))
         else:
             mine = target.ours(found)
             self._replace({id(found): mine})

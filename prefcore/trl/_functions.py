@@ -230,7 +230,7 @@ def fused_logprob_entropy(
 
 
 def use_triton(device: torch.device) -> bool:
-    """Whether TRL's fused head scores the labelled positions alone, rather than all of them with a label put in."""
+    """Whether TRL's fused head and distillation score the labelled positions alone, rather than all and drop some."""
     return device.type == "cpu" or own["use_triton"](device)
 
 

@@ -39,7 +39,9 @@ _KERNEL = Target("trl.kernels.logprob_entropy", "selective_log_softmax_and_entro
 
 _JSD = ("student_logits", "teacher_logits", "labels", "beta", "temperature", "reduction")
 _SELF = ("student_logits", "teacher_logits", "distillation_alpha")
-_EXPERIMENTAL = (
+# What single trainers have of their own, or import from the kernels; enabling imports none of them.
+_LATER = (
+    Target("trl.trainer.distillation_trainer", "_use_triton", lambda _: _functions.use_triton, ("device",), alone=True),
     *(
         Target(f"trl.experimental.{module}_trainer", f"{trainer}.generalized_jsd_loss",
                _functions.generalized_jsd_loss, (*_JSD, *more, "num_items_in_batch"))
@@ -67,7 +69,7 @@ _PATCH = Patch(
     "prefcore.trl",
     Package("trl", f">= {'.'.join(map(str, _OLDEST))}", _version, _fits),
     _targets,
-    later=_EXPERIMENTAL,  # of which TRL promises nothing
+    later=_LATER,  # most are experimental: TRL promises nothing
     own=_functions.own,
     defaults=False,
 )
@@ -77,7 +79,7 @@ def enable(*, memory_budget: int | None = None) -> AbstractContextManager:
     """Compute the log-probabilities, entropies and divergences of TRL's trainers by prefcore, from now on.
 
     Losses, metrics and configurations stay TRL's own. Trainers imported earlier or later, and models that TRL gave its
-    fused head earlier, are served alike. Enabled already, it changes the options alone.
+    fused head earlier, are served alike. Enabled already, it changes the options, and serves what was reloaded.
 
     | TRL's | computed by |
     | --- | --- |
@@ -86,8 +88,8 @@ def enable(*, memory_budget: int | None = None) -> AbstractContextManager:
     | ``selective_log_softmax``, ``entropy_from_logits``, both in one, and its kernel | :func:`prefcore.logprobs` |
     | divergences of whole logits: GKD, GOLD, IW-OPD, SDFT, SDPO | :func:`prefcore.divergence` |
 
-    On a CPU the fused head also scores the labelled positions alone, as TRL itself does on GPUs. Where ZeRO-3 shards
-    the parameters, TRL's own fused functions run. What a script outside TRL imported by name before is not reached.
+    On a CPU the fused functions score the labelled positions alone, as TRL itself does on GPUs. Where ZeRO-3 shards the
+    parameters, TRL's own fused functions run. What a script outside TRL imported by name before is not reached.
 
     Args:
         memory_budget: of every call of a head op, as in :func:`prefcore.linear_logprobs`.
@@ -99,7 +101,7 @@ def enable(*, memory_budget: int | None = None) -> AbstractContextManager:
         TypeError, ValueError: a ``memory_budget`` that is none.
         ImportError: TRL, or something that it needs, cannot be imported.
         RuntimeError: TRL is older than 1.16, or lacks a function by its name and parameters; nothing is replaced then.
-            For a function of an experimental trainer it is a RuntimeWarning, and that one stays as it is.
+            For what a single trainer has of its own it is a RuntimeWarning, and that stays as it is.
 
     Example:
         >>> import prefcore.trl

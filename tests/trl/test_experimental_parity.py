@@ -24,16 +24,16 @@ CALLERS = {
     "trainer/distillation_trainer.py": "test_distillation_parity.py",
     "experimental/a2po/a2po_trainer.py": "test_experimental_parity.py",
     "experimental/async_grpo/async_grpo_trainer.py": "test_experimental_parity.py",
-    "experimental/cpo/cpo_trainer.py": "test_experimental_parity.py",
+    "experimental/cpo/cpo_trainer.py": "test_preferences_parity.py",
     "experimental/gkd/gkd_trainer.py": "test_experimental_parity.py",
     "experimental/gold/gold_trainer.py": "test_experimental_parity.py",
     "experimental/iw_opd/iw_opd_trainer.py": "test_experimental_parity.py",
-    "experimental/orpo/orpo_trainer.py": "test_experimental_parity.py",
+    "experimental/orpo/orpo_trainer.py": "test_preferences_parity.py",
     "experimental/sdft/loss_utils.py": "test_experimental_parity.py",
     "experimental/sdft/sdft_trainer.py": "test_experimental_parity.py",
     "experimental/sdpo/loss_utils.py": "test_experimental_parity.py",
     "experimental/sdpo/sdpo_trainer.py": "test_experimental_parity.py",
-    "experimental/tpo/tpo_trainer.py": "test_experimental_parity.py",
+    "experimental/tpo/tpo_trainer.py": "test_preferences_parity.py",
 }
 
 
@@ -80,53 +80,6 @@ def maker(harness, tmp_path):
         return make
 
     return trainer
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"loss_type": "sigmoid", "label_smoothing": 0.1},
-        {"loss_type": "hinge", "beta": 0.3, "cpo_alpha": 0.5},
-        {"loss_type": "ipo", "kind": "softcap"},
-        {"loss_type": "simpo", "simpo_gamma": 0.4, "cpo_alpha": 0.0, "gradient_accumulation_steps": 2},
-        {"loss_type": "alphapo", "alpha": 0.2, "kind": "scale"},
-        {"loss_type": "sigmoid", "adapter": "config", "cpo_alpha": 0.0},
-        {"loss_type": "sigmoid", "kind": "moe"},
-    ],
-    ids=["sigmoid", "hinge", "ipo", "simpo", "alphapo", "lora", "moe"],
-)
-def test_cpo_trains_alike(harness, maker, options):
-    make = maker("cpo", "CPO", data=harness.preferences(), max_length=64, **options)
-    ours, theirs = harness.both(make, "logprobs")
-    harness.assert_same(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"beta": 0.1}, {"beta": 0.5, "kind": "softcap", "gradient_accumulation_steps": 2}, {"adapter": "config"}],
-    ids=["plain", "accumulated", "lora"],
-)
-def test_orpo_trains_alike(harness, maker, options):
-    ours, theirs = harness.both(maker("orpo", "ORPO", data=harness.preferences(), **options), "logprobs")
-    harness.assert_same(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"loss_type": "sigmoid", "label_smoothing": 0.1, "tpo_alpha": 0.5},
-        {"loss_type": "hinge", "tpo_alpha": 0.0, "kind": "scale"},
-        {"loss_type": "ipo", "kind": "tied", "learning_rate": 1e-3, "gradient_accumulation_steps": 2},
-        {"loss_type": "tpo-l", "tpo_l_gamma": 0.3, "kind": "softcap"},
-        {"loss_type": "sigmoid", "adapter": "config", "gradient_checkpointing": True},
-    ],
-    ids=["sigmoid", "hinge", "ipo", "tpo-l", "lora"],
-)
-def test_tpo_trains_alike(harness, maker, options):
-    data = harness.preferences()
-    data = data.add_column("reference", data["chosen"][::-1])
-    ours, theirs = harness.both(maker("tpo", "TPO", data=data, **options), "logprobs")
-    harness.assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize(

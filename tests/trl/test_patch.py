@@ -106,10 +106,10 @@ def test_every_module_holds_ours_while_enabled_and_its_own_after():
         assert ours.__module__ == "prefcore.trl._functions"
         assert not [key for key, value in during.items() if value is own]
     changed = {key for key in before if during[key] is not before[key]}
-    alone = ("trl.trainer.utils", "_use_triton")
+    asking = {("trl.trainer.utils", "_use_triton"), ("trl.trainer.distillation_trainer", "_use_triton")}
     apart = {key for key in before if key[1] == "compute_full_logit_self_distillation_loss"}
     assert len(apart) == 4
-    assert changed == {key for keys in holders.values() for key in keys} | {alone} | apart
+    assert changed == {key for keys in holders.values() for key in keys} | asking | apart
     assert same(before, held())
 
 
@@ -159,6 +159,41 @@ def test_enabling_twice_changes_the_options_alone_and_one_disable_restores(monke
     assert same(before, held())
 
 
+def test_enabling_again_serves_modules_that_were_loaded_anew(monkeypatch):
+    """What `importlib.reload` does in a notebook, without leaving another TRL to the tests behind this one."""
+    for name in ("selective_log_softmax", "_use_triton"):
+        monkeypatch.setattr(utils, name, getattr(utils, name))  # what it is set to in the end
+    prefcore.trl.enable()
+    ours = utils.selective_log_softmax
+    monkeypatch.setattr(utils, "selective_log_softmax", anew := types.FunctionType(*fields(OWN[ours.__name__])))
+    monkeypatch.setattr(utils, "_use_triton", chunked_logprob._use_triton)
+    prefcore.trl.enable()
+    assert utils.selective_log_softmax is ours
+    assert utils._use_triton(torch.device("cpu"))
+    prefcore.trl.disable()
+    assert utils.selective_log_softmax is anew
+    assert utils._use_triton is chunked_logprob._use_triton
+
+
+def fields(function):
+    return function.__code__, function.__globals__, function.__name__, function.__defaults__
+
+
+def test_a_backward_runs_when_all_is_disabled_since_its_forward(harness):
+    labels = torch.tensor([[0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 0]])
+    model, forward = fused(harness, labels, kind="softcap")
+    grads = []
+    for replaced in (True, False):
+        with prefcore.trl.enable() if replaced else nullcontext():
+            loss = forward().loss
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    eps = torch.finfo(torch.float32).eps * harness.roundings(4)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=eps, atol=eps * b.abs().max())
+
+
 def test_leaving_the_context_by_an_exception_restores():
     before = held()
     with pytest.raises(KeyError, match="inside, enabled: True"), prefcore.trl.enable():
@@ -206,6 +241,17 @@ def test_an_experimental_trainer_imported_while_enabled_gets_ours_and_is_restore
         assert getattr(owner, function).__wrapped__.__module__ == name
     assert not hasattr(getattr(owner, function), "__wrapped__")
     assert sys.meta_path == finders
+
+
+def test_a_distillation_imported_while_enabled_scores_what_is_kept_alone_until_disabled(monkeypatch):
+    name = "trl.trainer.distillation_trainer"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys.modules["trl.trainer"], "distillation_trainer", None, raising=False)
+    with prefcore.trl.enable():
+        later = importlib.import_module(name)
+        assert later._use_triton(torch.device("cpu"))
+    assert later._use_triton is chunked_logprob._use_triton
+    assert not later._use_triton(torch.device("cpu"))
 
 
 def test_an_experimental_function_that_has_changed_is_left_and_told(monkeypatch):
@@ -467,9 +513,9 @@ def same_outputs(ours, theirs):
     return all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in FIELDS)
 
 
-def test_compaction_is_of_the_fused_head_alone(enabled):
+def test_compaction_is_of_trainers_and_never_of_kernels(enabled):
     assert utils._use_triton(torch.device("cpu"))
-    for module in (chunked_logprob, chunked_divergence, importlib.import_module("trl.trainer.distillation_trainer")):
+    for module in (chunked_logprob, chunked_divergence):
         assert not module._use_triton(torch.device("cpu")), "decides whether Triton's kernels run"
     # Elsewhere TRL decides: on Neuron a number of rows that varies would recompile every batch.
     for device in ("cuda", "xpu", "mps"):
@@ -574,19 +620,31 @@ def test_the_divergence_equals_trls(case, beta, enabled):
         assert_no_worse_than(a, b, t, f"gradient {i}", band=1.2e-7 * o["spread"])
 
 
-def test_the_distillation_loss_runs_on_prefcore(monkeypatch, enabled):
+@pytest.mark.parametrize("kept", [6, 0])
+def test_the_distillation_loss_runs_on_prefcore_over_what_is_kept_alone(monkeypatch, kept, enabled):
     loss = importlib.import_module("trl.trainer.distillation_trainer")._chunked_divergence_loss
     called, own = [], prefcore.linear_divergence
-    monkeypatch.setattr(prefcore, "linear_divergence", lambda *a, **k: called.append(k["kind"]) or own(*a, **k))
+
+    def counted(student, weight, teacher, *rest, **options):
+        called.append((options["kind"], len(student), len(teacher)))
+        return own(student, weight, teacher, *rest, **options)
+
+    monkeypatch.setattr(prefcore, "linear_divergence", counted)
     monkeypatch.setattr(chunked_divergence, "_stats_tile", None)
     hidden, weight, _, _ = draw(bias=False)
-    mask = torch.tensor([[1, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1]])
-    value, entropy, count = loss(hidden[None], hidden[None].flip(1), weight, weight, mask, 0.4)
+    mask = torch.tensor([[1, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0]]) * (kept > 0)
+
+    def by():
+        student, head = leaves(hidden[None], weight)
+        values = loss(student, hidden[None].flip(1), head, weight.flip(0), mask, 0.4)
+        values[0].backward()
+        return *values, student.grad, head.grad
+
+    ours = by()
     monkeypatch.undo()
     prefcore.trl.disable()
-    again = loss(hidden[None], hidden[None].flip(1), weight, weight, mask, 0.4)
-    torch.testing.assert_close((value, entropy, count), again, rtol=1e-5, atol=1e-6)
-    assert called == ["js"]
+    assert called == [("js", kept, kept)]
+    torch.testing.assert_close(ours, by(), rtol=1e-5, atol=1e-6)
 
 
 # Logits: selective_log_softmax, entropy_from_logits and both at once

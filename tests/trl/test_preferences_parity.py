@@ -3,7 +3,6 @@
 The grids cover: every loss type, every value of each option once, and the pairs of options that meet in one tensor.
 """
 
-import gc
 import inspect
 import re
 from importlib.metadata import version
@@ -26,15 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_collection_of_what_was_imported():
-    """accelerate collects garbage at the end of each run: three quarters of its time, over what imports left."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -198,6 +188,7 @@ CPO = {
         "loss_type": "simpo", "cpo_alpha": 0.5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2
     },
     "alphapo": {"loss_type": "alphapo", "alpha": 0.1},
+    "sigmoid, experts": {"kind": "moe"},
     "bf16 weights": {"dtype": torch.bfloat16},
 }  # fmt: skip
 
@@ -228,7 +219,8 @@ TPO = {
         "loss_type": "tpo-l", "tpo_l_gamma": 0.3, "kind": "divided", "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 2,
     },
-    "no gold response, truncated": {"tpo_alpha": 0.0, "max_length": 7},
+    "no gold response, truncated, tied": {"tpo_alpha": 0.0, "max_length": 7, "kind": "tied"},
+    "a trained adapter, scaled": {"adapter": "trained", "kind": "scale", "gradient_checkpointing": True},
     "bf16 autocast": {"bf16": True},
 }  # fmt: skip
 
