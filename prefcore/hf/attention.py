@@ -214,6 +214,7 @@ def _forward(backbone: Any, batch: PackedBatch, prepared: Prepared) -> Any:
         position_ids=batch.position_ids[None],
         attention_mask=mask,
         use_cache=False,
+        return_dict=True,
         prefcore_layout=prepared,
     )
 
@@ -317,7 +318,8 @@ def _probe(backbone: Any, switch: _Switch, sharing: Any, attention: str) -> Need
     backbone.eval()
     record = _Record()
     try:
-        expected = backbone(input_ids=alone, attention_mask=torch.ones_like(alone), use_cache=False).last_hidden_state
+        mask = torch.ones_like(alone)
+        expected = backbone(input_ids=alone, attention_mask=mask, use_cache=False, return_dict=True).last_hidden_state
         # The dense backend does everything, so the first pass finds out what is asked for.
         _recording = record
         everything = Needs(0, 0, frozenset({None}), True, True, True)

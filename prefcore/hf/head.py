@@ -25,6 +25,7 @@ _SCALES = {
     "lm_head_multiplier": 1,  # Falcon-H1
     "logits_scaling": -1,  # Granite
 }
+_MULTIPLIES = {("hyperclovax", "logits_scaling")}  # unlike the model that brought the name
 _PROBE_TOKENS = 8
 _PROBE_PEAK = 60.0  # reaches well into a softcap of 30 or 50
 
@@ -144,7 +145,7 @@ def find_head(model: nn.Module, *, probe: bool = True) -> Head:
     for name, sign in _SCALES.items():
         value = getattr(config, name, None)
         if value is not None:
-            scale *= float(value) ** sign
+            scale *= float(value) ** (1 if (config.model_type, name) in _MULTIPLIES else sign)
     softcap = getattr(config, "final_logit_softcapping", None)
     head = Head(backbone, linear.weight, linear.bias, None if softcap is None else float(softcap), scale, adapters)
     if probe:
@@ -223,14 +224,14 @@ def _compare(model: Any, base: Any, module: nn.Module, head: Head) -> None:
     mask = torch.ones_like(ids)
     hook = module.register_forward_pre_hook(amplify)
     try:
-        theirs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        theirs = model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True).logits
     except Exception as error:
         raise NotImplementedError(f"{name} does not run on input_ids and attention_mask alone: {error}") from error
     finally:
         hook.remove()
     if not seen:
         raise NotImplementedError(f"{name} computes its logits without calling its output embeddings")
-    hidden = head.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden = head.backbone(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True).last_hidden_state
     if hidden.shape != seen[0].shape:
         raise NotImplementedError(
             f"the head of {name} sees {tuple(seen[0].shape)}, its backbone returns {tuple(hidden.shape)}"

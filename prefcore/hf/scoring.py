@@ -243,7 +243,7 @@ def run_backbone(head: Head, batch: PackedBatch, attention: str = "auto") -> Hid
         if attention not in ("auto", "model"):
             raise NotImplementedError(f"a padded batch runs the model's own attention, not {attention!r}")
         ids = batch.input_ids.view(-1, layout.width)
-        out = backbone(input_ids=ids, attention_mask=layout.padding_mask(ids.device), use_cache=False)
+        out = backbone(input_ids=ids, attention_mask=layout.padding_mask(ids.device), use_cache=False, return_dict=True)
     else:
         from prefcore.hf.attention import run_packed
 

@@ -1,5 +1,7 @@
 """The head found in a model gives the model's own log-probs and gradients, or is refused."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -96,6 +98,21 @@ def test_the_head_has_what_the_config_says():
     tied = make("qwen3")
     assert find_head(tied).weight is tied.get_input_embeddings().weight
     assert (find_head(make("llama")).softcap, find_head(make("llama")).logit_scale) == (None, 1.0)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "HyperCLOVAXConfig"), reason="this transformers has no HyperCLOVA X")
+def test_hyperclovax_multiplies_by_what_granite_divides_by():
+    model = transformers.AutoModelForCausalLM.from_config(transformers.HyperCLOVAXConfig(**SMALL, logits_scaling=3.0))
+    assert find_head(model).logit_scale == 3.0
+
+
+def test_a_config_that_asks_for_tuples_changes_nothing():
+    config = transformers.OpenAIGPTConfig(vocab_size=61, n_embd=32, n_layer=1, n_head=4, n_positions=32)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    expected = response_logps(copy.deepcopy(model), padded())
+    model.config.return_dict = False
+    assert torch.equal(response_logps(model, padded()), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
