@@ -15,10 +15,12 @@ from transformers.utils import ModelOutput
 
 import prefcore
 from prefcore._types import OUTPUTS
+from prefcore.hf._peft import unwrapped
 from prefcore.hf.head import Head, _tolerance, evaluating, find_head
 
 _IGNORED = -100
 _PROBE_TOKENS = 8
+_RECORD = "_prefcore_forward"  # the attribute of a model that tells its fused forward, whatever has wrapped it since
 
 
 @dataclass
@@ -80,7 +82,9 @@ def fuse_head(model: nn.Module, *, outputs: Sequence[str] = (), temperature: flo
     Copies and pickles of the model are fused as well, each with its own weights. PEFT, ``torch.compile``,
     ``dispatch_model`` and gradient checkpointing may come before or after, DDP and the Trainer after. Traced by
     ``torch.compile``, a GPU's head takes all rows, since a number of labels would break the graph.
-    ``nn.DataParallel`` is not supported.
+    ``nn.DataParallel`` is not supported. With labels there is no cache unless ``use_cache=True``, so that packed
+    sequences told apart by their ``position_ids`` are, as in the Trainer. A trainer of TRL scores with a forward of
+    its own, around this one; Liger's ``fused_linear_cross_entropy`` replaces it.
 
     ``Trainer.evaluate`` with ``prediction_loss_only`` gathers nothing more; else the predictions are the tuple
     ``(logps, *outputs, targets)`` in place of logits, and ``compute_metrics`` finds what was scored by
@@ -121,7 +125,9 @@ def fuse_head(model: nn.Module, *, outputs: Sequence[str] = (), temperature: flo
     base = _unwrapped(model)
     found = _installed(base)
     if found is not None:
-        found[1].outputs, found[1].temperature, found[1].active = names, float(temperature), True
+        forward = found[1]
+        forward.outputs, forward.temperature, forward.active = names, float(temperature), True
+        setattr(base, _RECORD, forward)
         return model
     slot = _slot(base)
     head = find_head(base, probe=False)
@@ -131,6 +137,7 @@ def fuse_head(model: nn.Module, *, outputs: Sequence[str] = (), temperature: flo
         _compare_loss(forward, head)
     forward.outputs, forward.temperature = names, float(temperature)
     setattr(base, slot, forward)
+    setattr(base, _RECORD, forward)
     return model
 
 
@@ -141,13 +148,14 @@ def unfuse_head(model: nn.Module) -> nn.Module:
         model: as :func:`fuse_head` takes it; PEFT or ``torch.compile`` may have wrapped it since.
 
     Returns:
-        ``model`` itself. Where accelerate's mixed precision has wrapped the fused forward since, that one stays
-        beneath and hands every call on to the model's own.
+        ``model`` itself. Where accelerate's mixed precision or a trainer of TRL has wrapped the fused forward since,
+        that one stays beneath and hands every call on to the model's own.
     """
     base = _unwrapped(model)
-    slot, forward = _installed(base) or (None, None)
+    slot, forward = _installed(base) or (None, getattr(base, "__dict__", {}).get(_RECORD))
     if forward is not None:
         forward.active = False
+        vars(base).pop(_RECORD, None)
     if slot == "forward":
         del base.forward
     elif slot == "_old_forward":
@@ -161,7 +169,7 @@ class _FusedForward:
     It holds the model itself, since a bound method would be pickled as its name, which is the class's forward.
     """
 
-    __slots__ = ("active", "model", "names", "outputs", "takes_more", "temperature")
+    __slots__ = ("active", "loss_function", "model", "names", "outputs", "takes_more", "temperature")
 
     def __init__(self, model: Any) -> None:
         parameters = inspect.signature(type(model).forward).parameters.values()
@@ -169,6 +177,7 @@ class _FusedForward:
         if inspect.Parameter.VAR_POSITIONAL in kinds or "labels" not in [parameter.name for parameter in parameters]:
             raise NotImplementedError(f"the forward of {type(model).__name__} has no parameter 'labels'")
         self.active, self.model = True, model
+        self.loss_function = getattr(model, "_loss_function", None)  # what its user has set
         self.outputs: tuple[str, ...] = ()
         self.temperature = 1.0
         self.takes_more = inspect.Parameter.VAR_KEYWORD in kinds
@@ -193,6 +202,11 @@ class _FusedForward:
     def score(self, given: dict[str, Any]) -> Any:
         """The model's output for arguments by name, with labels among them."""
         model = self.model
+        if getattr(model, "_loss_function", None) is not self.loss_function:
+            raise NotImplementedError(
+                f"the loss_function of this {type(model).__name__} was set after fuse_head, which it does not go "
+                "through; unfuse_head, or set it before, so that the two are compared"
+            )
         labels, shifted = given.pop("labels"), given.pop("shift_labels", None)
         items, return_dict = given.pop("num_items_in_batch", None), given.pop("return_dict", None)
         keep = given.pop("logits_to_keep", None)
@@ -284,8 +298,7 @@ def _config(model: Any, name: str) -> Any:
 
 def _unwrapped(model: Any) -> Any:
     """The transformers model inside ``model``, whose forward all wrappers call."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return unwrapped(getattr(model, "_orig_mod", model))
 
 
 def _installed(model: Any) -> tuple[str, _FusedForward] | None:
@@ -304,8 +317,10 @@ def _slot(model: Any) -> str:
     slot = "_old_forward" if hasattr(model, "_hf_hook") and "_old_forward" in vars(model) else "forward"
     present = vars(model).get(slot)
     if present is not None and getattr(present, "__func__", None) is not type(model).forward:
+        # Its __module__ may be copied from the forward that it replaces.
+        origin = getattr(getattr(present, "__func__", present), "__globals__", {}).get("__name__", present)
         raise NotImplementedError(
-            f"the forward of this {type(model).__name__} was replaced (by {getattr(present, '__module__', present)}); "
+            f"the forward of this {type(model).__name__} was replaced (by {origin}); "
             "call fuse_head before whatever did that, or undo it"
         )
     return slot
@@ -328,7 +343,7 @@ def _compare_loss(forward: _FusedForward, head: Head) -> None:
     ids = (torch.arange(2 * _PROBE_TOKENS, device=device) + 1).remainder(head.weight.shape[0]).view(2, -1)
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[1, -2:], labels[0, 3], labels[1, -1] = 0, _IGNORED, _IGNORED
-    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False, "return_dict": True}
     calls = [inputs]
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values()):
         calls.append({**inputs, "num_items_in_batch": torch.tensor(3, device=device)})

@@ -1,8 +1,10 @@
 """A fused model gives labels the model's own loss and log-probs, without its logits, and is otherwise the model."""
 
 import copy
+import functools
 import inspect
 import pickle
+import types
 
 import pytest
 import torch
@@ -309,6 +311,69 @@ def test_fusing_again_changes_the_options_and_unfusing_restores_the_model():
     assert model(**inputs).logits.shape == (B, L, V)
 
 
+def wrapped(model):
+    """A forward around the model's, as TRL's trainers bind it."""
+    theirs = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, scored_by_trl=False, **kwargs):
+        return "theirs" if scored_by_trl else theirs(*args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+    return model
+
+
+def test_beneath_the_forward_of_another_it_is_undone_and_above_it_refused():
+    inputs = batch()
+    model = wrapped(fuse_head(make()))
+    assert model(**inputs, scored_by_trl=True) == "theirs"
+    assert isinstance(model(**inputs), TokenStatsOutput)
+    other = copy.deepcopy(model)
+    assert unfuse_head(model) is model
+    assert hasattr(model(**inputs), "logits")
+    for each in (model, other):
+        with pytest.raises(NotImplementedError, match=rf"was replaced \(by {__name__}\)"):
+            fuse_head(each)
+
+
+def test_a_loss_function_set_later_is_refused_not_passed_by():
+    model, inputs = fuse_head(make()), batch()
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
+    with pytest.raises(NotImplementedError, match="loss_function of this LlamaForCausalLM was set after"):
+        model(**inputs)
+    assert unfuse_head(model)(**inputs).loss.abs() > 0
+    with pytest.raises(NotImplementedError, match="is not the mean"):
+        fuse_head(model)
+
+
+def test_sequences_told_apart_by_their_positions_are():
+    model, lengths = make(), (4, 5)
+    model.set_attn_implementation("sdpa")
+    ids = batch()["input_ids"][:1]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    starts = positions == 0
+    inputs = {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(starts, -100)}
+    own = model(**inputs, use_cache=False)
+    packed = fuse_head(model)(**inputs)
+    same_loss(packed.loss, own.loss)
+    alone = [model(input_ids=part, labels=part).logps for part in ids.split(lengths, 1)]
+    apart = torch.cat([packed.logps[:, :3], packed.logps[:, 4:]], 1)
+    bound = (32 + V) * torch.finfo(torch.float32).eps * 8  # logits below 8
+    torch.testing.assert_close(apart, torch.cat(alone, 1), rtol=bound, atol=bound)
+
+
+def test_a_config_that_asks_for_tuples_gets_them():
+    config = transformers.OpenAIGPTConfig(vocab_size=V, n_embd=32, n_layer=1, n_head=4, n_positions=32)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    inputs = batch()
+    own = model(**inputs).loss
+    model.config.return_dict = False
+    got = fuse_head(model)(**inputs)
+    assert type(got) is tuple
+    same_loss(got[0], own)
+    same_loss(model(**inputs, return_dict=True).loss, own)
+
+
 def test_what_is_saved_is_the_plain_model(tmp_path):
     model = make()
     kind, config, keys = type(model), model.config.to_dict(), list(model.state_dict())
@@ -376,6 +441,60 @@ def test_peft_may_wrap_before_or_after(order):
     torch.testing.assert_close(merged(**inputs).loss, expected, rtol=bound, atol=bound)
     unfuse_head(merged)
     assert "forward" not in vars(merged)
+
+
+HEADS = {
+    "LoRA": {"target_modules": ["q_proj", "lm_head"]},
+    "rsLoRA with a bias": {"target_modules": ["q_proj", "lm_head"], "use_rslora": True, "lora_bias": True},
+    "trained whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_that_peft_trains_has_its_own_loss_and_gradients(kind, order):
+    peft = pytest.importorskip("peft")
+    base, inputs = make(), batch()
+    if order == "after":
+        fuse_head(base)
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM", **HEADS[kind])
+    model = peft.get_peft_model(base, config)
+    if order == "before":
+        fuse_head(model)
+    model, inputs = doubled(model, inputs)
+    with torch.no_grad():  # away from the copy that it starts as
+        for name, parameter in model.named_parameters():
+            if "lm_head" in name and parameter.requires_grad:
+                parameter.mul_(1.5)
+    got = model(**inputs)
+    found = gradients(model, got.loss)
+    with model.disable_adapter():
+        without = model(**inputs).loss
+    unfuse_head(model)
+    logits, labels = model(**inputs).logits, inputs["labels"]
+    _, logps = own_logps(logits, labels)
+    bound = (32 + V) * torch.finfo(torch.float64).eps * 8 * logits.detach().abs().max().item()
+    torch.testing.assert_close(got.logps, logps, rtol=bound, atol=bound)
+    close_gradients(found, gradients(model, -logps.sum() / got.label_mask.sum()))
+    trained = [name for name, gradient in found.items() if gradient is not None and "lm_head" in name]
+    assert trained
+    assert not any("base_layer" in name or "original" in name for name in trained)
+    with model.disable_adapter():
+        own = model(**inputs).loss
+    same_loss(without, own)
+    assert abs(own - got.loss) > 1e-2
+
+
+def test_a_mixed_model_of_peft_is_fused_beneath_its_wrapper():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model, inputs = peft.PeftMixedModel(make(), config), batch()
+    own = model(**inputs).loss
+    same_loss(fuse_head(model)(**inputs).loss, own)
+    unfuse_head(model)
+    assert torch.equal(model(**inputs).loss, own)
 
 
 def test_virtual_tokens_of_prompt_tuning_are_not_scored():
