@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 import prefcore
 from prefcore._types import OUTPUTS
 from prefcore.hf._peft import unwrapped
+from prefcore.hf._routers import read_config, router_loss
 from prefcore.hf.head import Head, _tolerance, evaluating, find_head
 
 _IGNORED = -100
@@ -217,7 +218,7 @@ class _FusedForward:
         arguments = {name: value for name, value in given.items() if value is not None}
         arguments.setdefault("use_cache", False)
         # A forward that does not name it goes by the caller alone.
-        if "output_router_logits" in self.names and _config(model, "output_router_logits"):
+        if "output_router_logits" in self.names and read_config(model, "output_router_logits"):
             arguments.setdefault("output_router_logits", True)
         head = find_head(model, probe=False)
         out = head.backbone(**arguments, return_dict=True)
@@ -237,7 +238,7 @@ class _FusedForward:
         loss = -logps.sum() / (items.to(logps.device) if isinstance(items, Tensor) else items)
         aux_loss = None
         if arguments.get("output_router_logits"):
-            aux_loss, coefficient = _router_loss(model, out.router_logits, arguments.get("attention_mask"))
+            aux_loss, coefficient = router_loss(model, out.router_logits, arguments.get("attention_mask"))
             loss = loss + coefficient * aux_loss.to(loss.device)
         result = TokenStatsOutput(
             loss=loss,
@@ -271,29 +272,6 @@ def _stats(head: Head, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]
         name: None if each is None else each.new_zeros(B * K).index_copy(0, places, each).view(B, K)
         for name, each in stats._asdict().items()
     }
-
-
-def _router_loss(model: Any, logits: Any, mask: Tensor | None) -> tuple[Tensor, float]:
-    """The load-balancing loss of a mixture's routers, and the coefficient with which its causal LM adds it."""
-    function: Any = None
-    for cls in type(model).__mro__:
-        function = function or getattr(inspect.getmodule(cls), "load_balancing_loss_func", None)
-    experts = _attribute(model, "num_experts", "num_local_experts", "n_routed_experts")
-    chosen = _attribute(model, "num_experts_per_tok")
-    coefficient = _attribute(model, "router_aux_loss_coef", "aux_loss_coef")
-    if None in (function, experts, chosen, coefficient) or not logits:
-        raise NotImplementedError(f"the routers' loss of {type(model).__name__} is not known here")
-    return function(logits, experts, chosen, mask), coefficient
-
-
-def _attribute(model: Any, *names: str) -> Any:
-    """The first of these that the model, or else its config, has."""
-    values = [getattr(model, name, None) for name in names] + [_config(model, name) for name in names]
-    return next((value for value in values if value is not None), None)
-
-
-def _config(model: Any, name: str) -> Any:
-    return getattr(model.config.get_text_config(), name, getattr(model.config, name, None))
 
 
 def _unwrapped(model: Any) -> Any:
@@ -354,7 +332,7 @@ def _compare_loss(forward: _FusedForward, head: Head) -> None:
             try:
                 theirs = model(**call).loss
             except Exception as error:
-                if "output_router_logits" in call and not _config(model, "output_router_logits"):
+                if "output_router_logits" in call and not read_config(model, "output_router_logits"):
                     continue  # the model cannot do that itself, and need not
                 raise NotImplementedError(f"{name} does not give a loss of {', '.join(call)}: {error}") from error
             try:

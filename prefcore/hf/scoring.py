@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 import prefcore
 from prefcore._types import TokenStats
 from prefcore.data.packed import Layout, PackedBatch, PackedCollator, Sharing, token_ids
+from prefcore.hf._routers import router_loss
 from prefcore.hf.head import Head, base_model, evaluating, find_head
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,8 @@ class Hidden(NamedTuple):
     """What a backbone makes of a batch."""
 
     states: Tensor  # [N, D], final hidden states
-    aux_loss: Tensor | None  # of a mixture of experts whose config asks for its router's logits
+    router_loss: Tensor | None  # of a mixture of experts whose config asks for its router's logits
+    aux_loss: Tensor | None  # that loss times its coefficient
 
 
 class Scores(NamedTuple):
@@ -248,7 +249,7 @@ def run_backbone(head: Head, batch: PackedBatch, attention: str = "auto") -> Hid
         from prefcore.hf.attention import run_packed
 
         out = run_packed(backbone, batch, attention)
-    return Hidden(out.last_hidden_state.flatten(0, 1), _router_loss(backbone, out, batch))
+    return Hidden(out.last_hidden_state.flatten(0, 1), *_router_losses(backbone, out, batch))
 
 
 @functools.cache
@@ -270,21 +271,15 @@ def _warn_of_rope(config: Any, layout: Layout) -> None:
         )
 
 
-def _router_loss(backbone: Any, out: Any, batch: PackedBatch) -> Tensor | None:
-    """The load-balancing loss as the model's own causal LM takes it, times its coefficient."""
+def _router_losses(backbone: Any, out: Any, batch: PackedBatch) -> tuple[Tensor | None, Tensor | None]:
+    """The load-balancing loss as the model's own causal LM takes it, and that times its coefficient."""
     config = backbone.config.get_text_config()
     logits = getattr(out, "router_logits", None)
     if not getattr(config, "output_router_logits", False) or not logits:
-        return None
-    function = getattr(sys.modules[type(backbone).__module__], "load_balancing_loss_func", None)
-    experts = next(
-        (getattr(config, n) for n in ("num_experts", "num_local_experts", "n_routed_experts") if hasattr(config, n)),
-        None,
-    )
-    if function is None or experts is None:
-        raise NotImplementedError(f"{type(backbone).__name__} gives router logits and has no load_balancing_loss_func")
+        return None, None
     counted = None
     if batch.layout.repeats is not None:
         counted = torch.from_numpy(~batch.layout.repeats).to(batch.input_ids.device)
         counted = counted.view(-1, batch.layout.width or batch.layout.tokens)
-    return config.router_aux_loss_coef * function(logits, experts, config.num_experts_per_tok, counted)
+    loss, coefficient = router_loss(backbone, logits, counted)
+    return loss, coefficient * loss

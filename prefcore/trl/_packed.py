@@ -256,12 +256,12 @@ class PackedForward:
         log_probs = padded(stats.logps)
         loss = -log_probs.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if hidden.aux_loss is not None:
-            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * hidden.aux_loss
+            loss = loss + hidden.aux_loss
         return FusedCausalLMOutput(
             loss=loss,
             log_probs=log_probs,
             label_mask=mask,
-            aux_loss=hidden.aux_loss,
+            aux_loss=hidden.router_loss,
             **{name: padded(getattr(stats, name)) for name in self._outputs},
         )
 
@@ -335,16 +335,16 @@ def refuse_images(dataset: Any) -> None:
 
 @contextmanager
 def _router_logits(config: Any, wanted: bool) -> Iterator[None]:
-    """Have :func:`run_backbone` return the routers' loss, not yet times its coefficient, or none."""
-    changed = {"output_router_logits": wanted, "router_aux_loss_coef": 1.0}
-    kept = {name: getattr(config, name) for name in changed if hasattr(config, name)}
+    """Have :func:`run_backbone` return the routers' loss, or none."""
+    kept = getattr(config, "output_router_logits", None)
+    if kept is None:
+        yield
+        return
+    config.output_router_logits = wanted
     try:
-        for name in kept:
-            setattr(config, name, changed[name])
         yield
     finally:
-        for name, value in kept.items():
-            setattr(config, name, value)
+        config.output_router_logits = kept
 
 
 @torch.no_grad()
