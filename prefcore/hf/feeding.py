@@ -132,12 +132,14 @@ def read_losses(
     loss_args: Mapping[str, Any] | None = None,
     loss_weights: Sequence[float] | None = None,
     columns: Collection[str] | None = None,
+    trainer: str = "PreferenceTrainer",
 ) -> list[Feed]:
     """The registered methods with their coefficients and inputs, tried out on one pair or group where that can be.
 
     Args:
         loss, beta, loss_args, loss_weights: as :class:`prefcore.hf.PreferenceTrainer` has them.
         columns: ``extras`` that all datasets have; None if these are not known yet, so that none is missed.
+        trainer: who lacks what a loss needs, for the message.
 
     Raises:
         TypeError: an argument that is unknown, missing or of a wrong type.
@@ -152,6 +154,8 @@ def read_losses(
     names = [loss] if isinstance(loss, str) or not isinstance(loss, Sequence) else list(loss)
     if not names:
         raise ValueError("no loss is given")
+    if loss_args is not None and not isinstance(loss_args, Mapping):
+        raise TypeError(f"loss_args must be a mapping of arguments to values, got {type(loss_args).__name__}")
     methods = [losses.get(name) for name in names]
     for number, method in enumerate(methods):
         if method in methods[:number]:
@@ -159,7 +163,7 @@ def read_losses(
     weights = _weights(loss_weights, len(methods))
     arguments = _arguments(names, methods, dict(loss_args or {}))
     feeds = [
-        _feed(name, method, own, weight, beta, columns)
+        _feed(name, method, own, weight, beta, columns, trainer)
         for name, method, own, weight in zip(names, methods, arguments, weights, strict=True)
     ]
     for feed in feeds:
@@ -319,10 +323,11 @@ def _feed(
     weight: float,
     beta: float | None,
     columns: Collection[str] | None,
+    trainer: str,
 ) -> Feed:
     if method.family not in ("pairwise", "unpaired", "token", "listwise", "sft"):
         raise NotImplementedError(
-            f"PreferenceTrainer trains on preference data; {name!r} is a method of the family {method.family!r}, "
+            f"{trainer} trains on preference data; {name!r} is a method of the family {method.family!r}, "
             f"which prefcore.losses.{method.name} computes of what you give it"
         )
     parameters = _Parameters(method)
@@ -345,9 +350,9 @@ def _feed(
         else:
             (lacking if column else impossible).append(key)
     if impossible:
-        raise NotImplementedError(_cannot(name, method, impossible))
+        raise NotImplementedError(_cannot(name, method, impossible, trainer))
     if lacking:
-        raise ValueError(_lacks(name, method, parameters, lacking))
+        raise ValueError(_lacks(name, method, parameters, lacking, trainer))
 
     takes_beta = "beta" in parameters.coefficients
     if takes_beta and "beta" not in settings and (beta is not None or parameters.required("beta")):
@@ -370,20 +375,22 @@ def _needed(method: losses.Method) -> str:
     return f" ({'; '.join(known)})" if known else ""
 
 
-def _cannot(name: str, method: losses.Method, missing: list[str]) -> str:
+def _cannot(name: str, method: losses.Method, missing: list[str], trainer: str) -> str:
     kind = "token_logps of single responses apart, as " if "token_logps" in method.needs else ""
     return (
-        f"PreferenceTrainer has no {kind}{', '.join(missing)}, which the loss {name!r} needs{_needed(method)}; "
+        f"{trainer} has no {kind}{', '.join(missing)}, which the loss {name!r} needs{_needed(method)}; "
         f"call prefcore.losses.{method.name} with them, and prefcore.hf.response_logps for log-probs"
     )
 
 
-def _lacks(name: str, method: losses.Method, parameters: _Parameters, missing: list[str]) -> str:
+def _lacks(name: str, method: losses.Method, parameters: _Parameters, missing: list[str], trainer: str) -> str:
     columns = dict.fromkeys(str(parameters.column(key)) for key in missing)
-    return (
-        f"the loss {name!r} needs {', '.join(missing)}{_needed(method)}; the data hold none: give them by "
-        f"dataset.with_extras({', '.join(f'{column}=...' for column in columns)})"
-    )
+    given = f"dataset.with_extras({', '.join(f'{column}=...' for column in columns)})"
+    if trainer == "PreferenceTrainer":
+        where = f"the data hold none: give them by {given}"
+    else:
+        where = f"{trainer} has none; prefcore.hf.PreferenceTrainer takes them by {given}"
+    return f"the loss {name!r} needs {', '.join(missing)}{_needed(method)}; {where}"
 
 
 def _try(feed: Feed) -> None:

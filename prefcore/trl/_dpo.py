@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 import trl
 from torch import nn
 
+from prefcore import losses
 from prefcore.hf.feeding import Feed, Gathered, Policy, Source, Wants, read_losses
 from prefcore.trl._packed import PackedTrainer, refuse_images
 
+_NAME = "prefcore.trl.DPOTrainer"
 # What trl.DPOTrainer computes itself.
 TRL_LOSSES = frozenset(
     (
@@ -80,11 +83,11 @@ class DPOTrainer(PackedTrainer, trl.DPOTrainer):
         **kwargs: Any,
     ) -> None:
         refuse_images(others[1] if len(others) > 1 else kwargs.get("train_dataset"))
-        names = [] if args is None else list(args.loss_type)
+        names = ["sigmoid"] if args is None else list(args.loss_type)
         weights = (None if args is None else args.loss_weights) or [1.0] * len(names)
         mine = [(name, weight) for name, weight in zip(names, weights, strict=True) if name not in TRL_LOSSES]
         self._own = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in TRL_LOSSES]
-        self._feeds = _read(mine, args, loss_args)
+        self._feeds = _read(names, mine, args, loss_args)
         self._wants = Wants.of(self._feeds)
         free = bool(mine) and not self._wants.reference and {name for name, _ in self._own} <= {"sft"}
         if mine:
@@ -159,16 +162,43 @@ class DPOTrainer(PackedTrainer, trl.DPOTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def _read(mine: Sequence[tuple[str, float]], args: Any, loss_args: Mapping[str, Any] | None) -> list[Feed]:
-    """The catalogue's losses among those of a config."""
+def _read(names: Sequence[str], mine: Sequence[tuple[str, float]], args: Any, loss_args: Any) -> list[Feed]:
+    """The catalogue's losses ``mine`` among the ``names`` of a config."""
+    for name, _ in mine:
+        _check_name(name)
     if not mine:
         if loss_args:
-            raise TypeError(f"no loss of prefcore's catalogue is named, and loss_args holds {', '.join(loss_args)}")
+            raise TypeError(
+                f"loss_args are for losses of prefcore.losses, and loss_type names none ({', '.join(names)}); the "
+                "options of TRL's losses are those of DPOConfig"
+            )
         return []
+    if isinstance(loss_args, Mapping):
+        for name in names:
+            if name in TRL_LOSSES and isinstance(loss_args.get(name), Mapping):
+                raise TypeError(
+                    f"loss_args holds arguments of {name!r}, which is TRL's own loss; its options are in DPOConfig"
+                )
+    catalogue, weights = zip(*mine, strict=True)
     try:
-        return read_losses([name for name, _ in mine], args.beta, loss_args, [weight for _, weight in mine], ())
-    except (NotImplementedError, ValueError) as error:
-        raise type(error)(f"prefcore.trl.DPOTrainer: {error}") from None
+        return read_losses(catalogue, args.beta, loss_args, weights, (), _NAME)
+    except TypeError as error:
+        raise TypeError(f"loss_args of {_NAME}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{_NAME}: {error}") from None
+
+
+def _check_name(name: Any) -> None:
+    try:
+        losses.get(name)
+    except ValueError:
+        known = {other.lower(): other for other in (*TRL_LOSSES, *losses.names())}
+        close = [known[other] for other in difflib.get_close_matches(str(name).lower(), known)]
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ValueError(
+            f"loss_type {name!r} is neither TRL's ({', '.join(sorted(TRL_LOSSES))}) nor one of "
+            f"prefcore.losses.names(){hint}"
+        ) from None
 
 
 def _check_options(args: Any, feeds: Sequence[Feed], has_own: bool, free: bool, ref_model: Any) -> None:
@@ -183,8 +213,7 @@ def _check_options(args: Any, feeds: Sequence[Feed], has_own: bool, free: bool, 
         for what, needed in lacks.items():
             if needed:
                 raise NotImplementedError(
-                    f"prefcore.trl.DPOTrainer has no {what}, which the loss {feed.name!r} needs; "
-                    "prefcore.hf.PreferenceTrainer has"
+                    f"{_NAME} has no {what}, which the loss {feed.name!r} needs; prefcore.hf.PreferenceTrainer has"
                 )
         if args.precompute_ref_log_probs and feed.of_tokens and feed.gathers("ref_"):
             raise NotImplementedError(

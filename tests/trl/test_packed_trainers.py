@@ -417,14 +417,21 @@ def test_sft_alone_is_trls_and_has_a_reference(packed, dpo):
 
 
 REFUSED = {
-    "unknown": ({"loss_type": "nonsense"}, None, ValueError, "'nonsense'"),
+    "unknown": ({"loss_type": "nonsense"}, None, ValueError, "'nonsense' is neither TRL's"),
+    "misspelt": ({"loss_type": "SimPO"}, None, ValueError, "did you mean 'simpo'"),
+    "misspelt of TRL's": ({"loss_type": "sigmoi"}, None, ValueError, "did you mean 'sigmoid'"),
     "third response": ({"loss_type": "xpo"}, None, NotImplementedError, "further response"),
-    "rewards": ({"loss_type": "odpo"}, None, ValueError, "rewards"),
+    "rewards": (
+        {"loss_type": "odpo"},
+        None,
+        ValueError,
+        r"prefcore.trl.DPOTrainer has none; prefcore.hf.PreferenceTrainer takes them by dataset.with_extras\(rewards",
+    ),
     "previous": ({"loss_type": "inpo"}, {"eta": 0.1, "tau": 0.1}, NotImplementedError, "previous iterate"),
     "divergence": ({"loss_type": "tdpo1"}, None, NotImplementedError, "kl_values"),
     "mismatched": ({"loss_type": ["sigmoid", "kto"]}, None, NotImplementedError, "responses to other prompts"),
     "running mean": ({"loss_type": "bco"}, None, NotImplementedError, "mean of all rewards"),
-    "policy": ({"loss_type": "ppo"}, None, NotImplementedError, "family 'policy'"),
+    "policy": ({"loss_type": "ppo"}, None, NotImplementedError, "^prefcore.trl.DPOTrainer trains .* family 'policy'"),
     "tokens precomputed": (
         {"loss_type": "token_dpo", "precompute_ref_log_probs": True},
         None,
@@ -432,7 +439,15 @@ REFUSED = {
         "log-probs of tokens",
     ),
     "arguments": ({"loss_type": "simpo"}, {"nonsense": 1}, TypeError, "nonsense"),
-    "arguments of none": ({}, {"gamma": 1}, TypeError, "gamma"),
+    "arguments missing": ({"loss_type": "simpo"}, None, TypeError, "^loss_args of .* needs gamma"),
+    "arguments in a list": ({"loss_type": "simpo"}, ["gamma"], TypeError, "must be a mapping .* got list"),
+    "arguments of none": ({}, {"gamma": 1}, TypeError, r"loss_type names none \(sigmoid\)"),
+    "arguments of TRL's": (
+        {"loss_type": ["sigmoid", "cpo"]},
+        {"sigmoid": {"beta": 1}},
+        TypeError,
+        "'sigmoid', which is TRL's own",
+    ),
     "ld_alpha": ({"loss_type": ["sigmoid", "dpop"], "ld_alpha": 0.5}, {"lam": 1.0}, ValueError, "ld_alpha"),
     "weighting": ({"loss_type": "cpo", "use_weighting": True}, None, ValueError, "use_weighting"),
     "smoothing": ({"loss_type": "dpo", "label_smoothing": 0.1}, None, ValueError, "label_smoothing"),
