@@ -182,7 +182,12 @@ class PackedForward:
             head = self._head(model)
             if self._float32_head:
                 _compare(model, head)
-            check(head.backbone, "share", train=train)
+            try:
+                check(head.backbone, "share", train=train)
+            except NotImplementedError as error:
+                raise NotImplementedError(
+                    f"prefcore.trl cannot pack the batches of {type(model).__name__}, use trl's own trainer: {error}"
+                ) from None
         theirs = model.forward
 
         # The signature of the model's own forward: `generate` looks at it.
