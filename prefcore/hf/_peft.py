@@ -139,7 +139,7 @@ def refuse_bypassed(module: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def switched(model: Any, adapter: str | None) -> Iterator[None]:
-    """Have the adapter of that name instead of the active ones, or none at all; then all as it was.
+    """Have the adapter of that name instead of the active ones or of disabled ones, or none at all; then all as it was.
 
     PEFT makes the adapters that it activates trainable, and the others not: which parameters are is kept.
     """
@@ -151,11 +151,16 @@ def switched(model: Any, adapter: str | None) -> Iterator[None]:
             return
         tuner = model.base_model  # PeftModel's own method would take one adapter only to go back to
         active = tuner.active_adapter
+        disabled = any(getattr(module, "disable_adapters", None) is True for module in model.modules())
         try:
+            if disabled:
+                tuner.enable_adapter_layers()
             tuner.set_adapter(adapter)
             yield
         finally:
             tuner.set_adapter(active)
+            if disabled:
+                tuner.disable_adapter_layers()
     finally:
         for parameter, required in trained:
             if parameter.requires_grad != required:

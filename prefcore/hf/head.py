@@ -266,6 +266,7 @@ def _compare_adapters(name: str, module: nn.Module, head: Head, hidden: Tensor) 
     replaced, adapters = {}, []
     for adapter in head.adapters:
         scale = size / adapter.inner(hidden).double().norm().clamp_min(1e-6) / adapter.outer.shape[0] ** 0.5
+        scale.clamp_max_(torch.finfo(adapter.outer.dtype).max / 64)  # finite in 16 bits, too, for lora_alpha=0
         outer = torch.randn(adapter.outer.shape, generator=generator).to(adapter.outer) * scale.to(adapter.outer)
         replaced[names[id(adapter.outer)]] = outer
         bias = adapter.bias

@@ -493,6 +493,8 @@ class PreferenceTrainer(Trainer):
                 return
             model: Any = self.model
             bare = source == "ref" and hasattr(model, "disable_adapter")
+            if bare and self._ref_adapter is not None:
+                reference_adapter(model, self._ref_adapter)  # adapters may have been switched or deleted since
             with evaluating(model), switched(model, self._ref_adapter) if bare else nullcontext():
                 yield model
 

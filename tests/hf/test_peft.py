@@ -14,7 +14,7 @@ import peft
 import transformers
 
 from prefcore.data import PackedCollator, PairDataset, pack
-from prefcore.hf import PreferenceTrainer, _peft, find_head, response_logps, score
+from prefcore.hf import PreferenceTrainer, _peft, find_head, head, response_logps, score
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
@@ -237,8 +237,6 @@ def test_a_head_that_one_adapter_trains_whole_serves_the_others_as_it_was():
 
 
 def test_heads_are_probed_once_for_each_kind_of_adapter(monkeypatch):
-    from prefcore.hf import head
-
     compared = []
     compare = head._compare
     monkeypatch.setattr(head, "_compare", lambda *args: compared.append(1) or compare(*args))
@@ -252,16 +250,26 @@ def test_heads_are_probed_once_for_each_kind_of_adapter(monkeypatch):
     assert len(compared) == 4
 
 
-def test_the_probe_sees_adapters_that_add_nothing_yet(monkeypatch):
-    model = peft.get_peft_model(make("bias"), lora("lm_head", lora_bias=True)).eval()  # B and its bias are 0
+@pytest.mark.parametrize("wrong", ["product", "bias"])
+def test_the_probe_sees_adapters_that_add_nothing_yet(wrong, monkeypatch):
+    model = peft.get_peft_model(make("bias"), lora("lm_head", lora_bias=wrong == "bias")).eval()  # B and its bias are 0
     assert not model.get_base_model().lm_head.lora_B.default.weight.any()
     find_head(model, probe=False)
-    found = _peft._of_lora
-    monkeypatch.setattr(
-        _peft, "_of_lora", lambda *args: tuple(dataclasses.replace(adapter, scaling=0.7) for adapter in found(*args))
-    )
+    if wrong == "product":
+        found = _peft._of_lora
+        scaled = lambda *args: tuple(dataclasses.replace(adapter, scaling=0.7) for adapter in found(*args))
+        monkeypatch.setattr(_peft, "_of_lora", scaled)
+    else:
+        operands = head.Head.operands
+        unscaled = lambda self, hidden: (self.bias + self.adapters[0].bias, operands(self, hidden)[1])
+        monkeypatch.setattr(head.Head, "operands", unscaled)
     with pytest.raises(NotImplementedError, match="the adapters of the head of PhiForCausalLM are not scaling"):
         find_head(model)
+
+
+def test_adapters_that_are_scaled_to_nothing_pass_the_probe_in_16_bits():
+    for dtype in (torch.float16, torch.bfloat16):
+        assert find_head(stir(plain(lora("lm_head", lora_alpha=0)).to(dtype))).adapters
 
 
 def test_adapters_in_float32_beside_a_head_of_16_bits_are_rounded_to_its_type_once():
@@ -565,6 +573,33 @@ def test_after_the_reference_the_adapters_are_as_they_were(adapter, active, save
         model.set_adapter(adapter)
         expected = own_logps(model, padded())
     torch.testing.assert_close(inside, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_named_reference_is_itself_while_the_user_has_the_adapters_disabled(tmp_path):
+    model = with_reference("ref")
+    trainer = PreferenceTrainer(model, arguments(tmp_path), make_pairs(4), sharing="off")
+    model.set_adapter("ref")
+    expected = own_logps(model, padded())
+    model.set_adapter("default")
+    with model.disable_adapter():
+        before, base = state_of(model), own_logps(model, padded())
+        with trainer._frozen("ref") as reference:
+            inside = response_logps(reference, padded())
+        assert state_of(model) == before
+        torch.testing.assert_close(response_logps(model, padded()), base, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inside, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reference_that_is_activated_or_deleted_after_the_trainer_was_made_is_refused(tmp_path):
+    model = with_reference("anchor")
+    trainer = PreferenceTrainer(model, arguments(tmp_path), make_pairs(4), sharing="off", ref_adapter="anchor")
+    model.set_adapter("anchor")
+    with pytest.raises(ValueError, match="ref_adapter='anchor' is active, so that it would be trained"):
+        trainer.train()
+    model.set_adapter("default")
+    model.delete_adapter("anchor")
+    with pytest.raises(ValueError, match="ref_adapter='anchor': the model has 'default', 'second'$"):
+        trainer.train()
 
 
 def test_references_that_cannot_be_are_refused(tmp_path):
