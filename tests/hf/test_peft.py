@@ -598,7 +598,7 @@ def test_a_reference_that_is_activated_or_deleted_after_the_trainer_was_made_is_
         trainer.train()
     model.set_adapter("default")
     model.delete_adapter("anchor")
-    with pytest.raises(ValueError, match="ref_adapter='anchor': the model has 'default', 'second'$"):
+    with pytest.raises(ValueError, match=r"ref_adapter='anchor': the model has 'default', 'second'$"):
         trainer.train()
 
 
