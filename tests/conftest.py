@@ -61,23 +61,26 @@ def poison_uninitialised_memory():
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-# What one of two ranks runs: a fresh interpreter, since a test's module may have been imported under a name that no
-# other process can find.
-_RANK = """
+# What two ranks run: a fresh interpreter, since a test's module may have been imported under a name that no other process
+# can find, and a fork of it, since imports are most of the time. Nothing has started a thread or a device before that.
+_RANKS = """
 import importlib.util, os, pathlib, sys
 import torch
 
-path, function, rank, folder = sys.argv[1:]
+path, function, folder = sys.argv[1:]
 torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo")
 spec = importlib.util.spec_from_file_location("ranks", path)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-getattr(module, function)(int(rank), pathlib.Path(folder))
+second = os.fork()
+rank = 0 if second else 1
+os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+torch.distributed.init_process_group("gloo")
+getattr(module, function)(rank, pathlib.Path(folder))
 torch.distributed.barrier()
 # Not by returning: torch's destructor of a gloo group holds the interpreter's lock while it waits for a thread that
 # may be waiting for that lock.
-os._exit(0)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]) if second else 0)
 """
 
 
@@ -91,19 +94,16 @@ def two_ranks(request, tmp_path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        workers = [
-            subprocess.Popen(
-                [sys.executable, "-c", _RANK, str(request.path), function.__name__, str(rank), str(tmp_path)],
-                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in (0, 1)
-        ]
-        for worker in workers:
-            _, errors = worker.communicate(timeout=timeout)
-            assert worker.returncode == 0, errors
+        # A device that an import has counted cannot be used in a fork.
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+        ranks = subprocess.run(
+            [sys.executable, "-c", _RANKS, str(request.path), function.__name__, str(tmp_path)],
+            env={**os.environ, **common},
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=timeout,
+        )
+        assert ranks.returncode == 0, ranks.stderr
         return tmp_path
 
     return run
