@@ -125,9 +125,9 @@ def find_head(model: nn.Module, *, probe: bool = True) -> Head:
     Raises:
         TypeError: ``model`` is no causal LM of transformers.
         NotImplementedError: a head that is neither a plain linear layer nor one with PEFT's LoRA or in its
-            ``modules_to_save`` (quantisation, DoRA on the head), a method of PEFT that adds tokens, a head whose
-            weight is sharded or offloaded, or a model that the probe found to compute its logits in
-            another way.
+            ``modules_to_save`` (quantisation, DoRA on the head), a weight that trains beside LoRA, a method of PEFT
+            that adds tokens, a head whose weight is sharded or offloaded, or a model that the probe found to compute
+            its logits in another way.
     """
     base = base_model(model)
     module = base.get_output_embeddings()
@@ -135,6 +135,11 @@ def find_head(model: nn.Module, *, probe: bool = True) -> Head:
         raise TypeError(f"{type(base).__name__} has no language-model head (get_output_embeddings() is None)")
     linear, adapters = without_adapters(module, type(base).__name__)
     _refuse_unknown_module(linear, type(base).__name__)
+    if adapters and torch.is_grad_enabled() and linear.weight.requires_grad:
+        raise NotImplementedError(
+            f"the head of {type(base).__name__} has LoRA, and its own weight (or that of the embeddings, to which it is "
+            "tied) trains beside it; freeze that, or train the head whole (modules_to_save)"
+        )
     backbone = base.base_model
     if backbone is base:
         raise NotImplementedError(

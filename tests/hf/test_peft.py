@@ -376,6 +376,18 @@ def test_hooks_on_the_heads_adapters_are_refused():
             find_head(model)
 
 
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_a_head_that_trains_beside_its_lora_is_refused_before_a_step_and_scored(kind):
+    model = adapted(lora("lm_head", "q_proj"), kind)
+    model.get_input_embeddings().weight.requires_grad_()
+    if kind == "llama":
+        assert_as_peft(model)
+        model.get_base_model().lm_head.base_layer.weight.requires_grad_()
+    with pytest.raises(NotImplementedError, match="own weight .* trains beside it"):
+        find_head(model)
+    assert_same_values(model)
+
+
 def test_mixed_adapters_and_those_of_transformers_itself_are_served():
     mixed = peft.get_peft_model(make(), lora("q_proj", "lm_head"), mixed=True)
     mixed.add_adapter("other", peft.LoHaConfig(r=2, target_modules=["v_proj"]))
