@@ -6,7 +6,8 @@ and ``openrlhf.models.loss``, and return results of the same shapes. What differ
 - Masked positions are not read, so that NaNs there reach neither values nor gradients. Masks are of zeros and ones;
   whatever is not 0 counts as 1.
 - The mean of nothing is 0, where OpenRLHF's is NaN.
-- Arithmetic is in float32, or float64 if inputs have it, and gradient goes to the policy's own numbers alone.
+- Arithmetic is in float32, or float64 if inputs have it; a mask's dtype changes no result's. Gradient goes to the
+  policy's own numbers alone.
 - ValueError stands where OpenRLHF asserts.
 
 ``Actor`` makes float32 logits ``[B, L, V]`` before it calls any of these, and still does.
@@ -204,7 +205,7 @@ class PolicyLoss(nn.Module):
         dual_clip: for A < 0 the loss is at most -dual_clip A; at least 1 + clip_eps_high, None for none.
         token_level_loss: as in :func:`aggregate_loss`; False for ``gspo`` whatever is given.
         policy_loss_type: ``ppo``, :func:`prefcore.losses.ppo`, or ``gspo``, where the ratio is exp of a response's mean
-            log-ratio, and so is its gradient.
+            log-ratio, and so is its gradient; that mean is clamped to ±80, not at all in OpenRLHF.
         is_correction_level: ``off``, ``token`` or ``seq``: whose ratio of policy before the step to rollout, or
             divergence, is looked at. A correction is of ``ppo`` alone; for ``gspo`` the ratio is then to the rollout.
         is_correction_mode: ``mask`` drops what is outside the threshold and leaves the others' ratios as weights;
@@ -267,7 +268,8 @@ class PolicyLoss(nn.Module):
         Returns:
             The loss; the share of tokens that a bound of the ratio acts on; the mean of old_log_probs - log_probs; with
             a correction the mean of rollout_log_probs - old_log_probs and the share of tokens, or of sequences that
-            have any, outside the threshold, else None. All 0-dim.
+            have any, outside the threshold, else None. All 0-dim, the loss in the common dtype of ``log_probs``,
+            ``old_log_probs`` and ``advantages``, the rest in float32 or float64.
 
         Raises:
             ValueError: shapes, dtypes or devices that do not fit, ``rollout_log_probs`` missing for a correction.
@@ -294,8 +296,8 @@ class PolicyLoss(nn.Module):
         count = batch_num_tokens if self.token_level_loss else global_batch_size
         loss = _aggregate(out.losses, responses, self.token_level_loss, dp_size, count)
         clipped = (out.stats.clipped_low + out.stats.clipped_high) / max(logps.numel(), 1)
-        dtype = common_dtype(log_probs, advantages)
-        return loss.to(dtype), clipped.float(), mean(old - logps.detach()).to(log_probs.dtype), vllm_kl, filtered
+        dtype = common_dtype(log_probs, old_log_probs, advantages)
+        return loss.to(dtype), clipped.float(), mean(old - logps.detach()), vllm_kl, filtered
 
     def _gspo(self, logps: Tensor, old: Tensor, advantages: Tensor, responses: Responses) -> PolicyTerms:
         means = sequence_reduce(logps - old, responses.cu_seqlens, "mean")
@@ -307,7 +309,7 @@ class PolicyLoss(nn.Module):
             low=1 - self.clip_eps_low,
             high=1 + self.clip_eps_high,
             dual=_INF if self.dual_clip is None else self.dual_clip,
-            clamp=80.0,  # OpenRLHF has no bound here; this is prefcore's largest
+            clamp=80.0,  # prefcore's largest
         )
 
     def _correction(self, old: Tensor, rollout: Tensor, responses: Responses) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ results of the same shapes. What differs, throughout:
   whatever is not 0 counts as 1. Results of tokens are 0 where masked; verl leaves numbers there that nobody reads.
 - A batch without tokens gives 0, where verl's is NaN or an exception. The 1e-8 that verl adds to counts, which is lost
   in float32, is not added.
-- Arithmetic is in float32, or float64 if inputs have it. Losses come in the inputs' common dtype.
+- Arithmetic is in float32, or float64 if inputs have it. Losses come in the inputs' common dtype, to which masks and
+  weights add nothing.
 - Configurations are read by ``get`` or as attributes: verl's dataclasses, OmegaConf's and others.
 - ValueError and NotImplementedError stand where verl asserts.
 
@@ -367,7 +368,7 @@ class _Batch:
         if config is None:
             raise ValueError("config must be the actor's configuration")
         self.responses, self.config = Responses(response_mask), config
-        self.dtype = common_dtype(log_prob, advantages)
+        self.dtype = common_dtype(log_prob, old_log_prob, advantages)
         self.logps = self.responses.pack("log_prob", log_prob)
         self.old_logps = self.responses.pack("old_log_prob", old_log_prob.detach()).to(self.logps.dtype)
         self.advantages = self.responses.pack("advantages", advantages.detach()).to(self.logps.dtype)

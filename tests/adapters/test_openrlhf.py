@@ -375,6 +375,18 @@ def test_a_loss_of_values_is_rounded_to_16_bits_only_where_all_are(make_batch):
         assert loss == module(values.float(), old.float(), returns.float(), batch.mask)
 
 
+def test_metrics_of_16_bits_are_not_rounded(make_batch):
+    batch = make_batch(dtype=torch.bfloat16)
+    given = batch.logps, batch.old_logps, batch.advantages, batch.mask, batch.ref_logps
+    for kind in ("ppo", "gspo"):
+        module = ours.PolicyLoss(policy_loss_type=kind, is_correction_level="token")
+        loss, *metrics = module(*given)
+        wide, *plain = module(*(x.float() for x in given))
+        assert metrics == plain
+        assert (loss.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+        assert module(given[0], given[1].float(), *given[2:])[0].dtype == torch.float32
+
+
 def test_losses_keep_16_bits(make_batch):
     batch = make_batch(dtype=torch.bfloat16)
     for kind in ("ppo", "gspo"):
