@@ -7,6 +7,7 @@ the hidden states, never shifted here; the chosen half of a batch comes before t
 - Rows whose target is ``ignore_index`` never meet the head; whatever they hold, they get zero gradients.
 - float64 inputs give float64 results (Liger's log-probs and losses are of float32).
 - The mean of no tokens is 0, in log-probs as in the NLL, where Liger's is NaN.
+- A head may be of another type than the hidden states, as :func:`prefcore.linear_logprobs` takes it.
 - ``chunk_size`` and ``compiled`` are taken and have no effect: ``linear_loss`` picks its tiles by memory, nothing is
   compiled.
 
@@ -135,11 +136,6 @@ def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     means = (hidden.mean(1, dtype=dtype) * weight.mean(0, dtype=dtype)).sum(1)
     return means if bias is None else means + bias.mean(dtype=dtype)
-
-
-def _of_type(hidden: Any, *head: Any) -> list[Any]:
-    """A head in the type of the hidden states; what is no tensor is left for the op to refuse."""
-    return [x.to(hidden.dtype) if isinstance(x, Tensor) and isinstance(hidden, Tensor) else x for x in head]
 
 
 class _Loss(nn.Module):
@@ -329,7 +325,7 @@ class LinearDPOLoss(_PairLoss):
 
         Args:
             lin_weight: ``[V, D]``, float32, float64, bfloat16 or float16.
-            _input: ``[2P, L, D]``, of its type: P chosen sequences, then the rejected ones of the same pairs.
+            _input: ``[2P, L, D]``, as that: P chosen sequences, then the rejected ones of the same pairs.
             target: ``[2P, L]`` int64, what each row predicts.
             bias: ``[V]``.
             ref_input, ref_weight, ref_bias: ``[2P, L, E]``, ``[V, E]`` and ``[V]``, which get no gradient.
@@ -509,7 +505,7 @@ class LinearKTOLoss(_Loss):
 
         Args:
             _input: ``[N, L, D]``, float32, float64, bfloat16 or float16.
-            lin_weight: ``[V, D]``, of its type.
+            lin_weight: ``[V, D]``.
             target: ``[N, L]`` int64, what each row predicts.
             bias: ``[V]``.
             preference_labels: ``[N]`` bool, which responses are desirable.
@@ -623,11 +619,11 @@ class LinearJSDLoss(_Loss):
 
         Args:
             student_input: ``[T, D]`` or ``[N, L, D]``, float32, float64, bfloat16 or float16.
-            student_weight: ``[V, D]``, of its type.
-            teacher_input, teacher_weight: ``[T, E]`` (or ``[N, L, E]``) and ``[V, E]``, of one type, without gradient.
-                E may differ from D, and the type from the student's, where the narrower is copied to the wider. With
-                more tokens than the student's, padding, the divergence is that of Liger: there the student's logits
-                are 0, which costs a copy of its head.
+            student_weight: ``[V, D]``.
+            teacher_input, teacher_weight: ``[T, E]`` (or ``[N, L, E]``) and ``[V, E]``, without gradient. E may differ
+                from D, and the type of ``teacher_input`` from that of ``student_input``, where both sides are computed
+                in the wider. With more tokens than the student's, padding, the divergence is that of Liger: there the
+                student's logits are 0, which costs a copy of its head.
             true_labels: ``[T]`` or ``[N, L]`` int64.
             student_bias, teacher_bias: ``[V]``.
         """
@@ -660,7 +656,9 @@ class LinearJSDLoss(_Loss):
         q: list[Any] = [x if x is None else x.detach() for x in (teacher, teacher_weight, teacher_bias)]
         if student.dtype != teacher.dtype:
             dtype = torch.promote_types(student.dtype, teacher.dtype)
-            p, q = ([x if x is None else x.to(dtype) for x in side] for side in (p, q))
+            # The op converts heads slice by slice, but float64 goes with float64 alone.
+            cast = 3 if dtype == torch.float64 else 1
+            p, q = ([x if x is None else x.to(dtype) for x in side[:cast]] + side[cast:] for side in (p, q))
         if padding:
             p[1:] = [x if x is None else pad(x, (0, 0) * (x.ndim - 1) + (0, padding)) for x in p[1:]]
         pair = linear_divergence(
@@ -799,7 +797,7 @@ class LinearGRPOLoss(_Loss):
 
         Args:
             _input: ``[N, L, D]``, float32, float64, bfloat16 or float16.
-            lin_weight: ``[V, D]``; of another type than ``_input`` it is copied to that.
+            lin_weight: ``[V, D]``.
             selected_token_ids: ``[N, L]`` int64, the token that each row predicts.
             attention_mask: ``[N, L]``, zero where a token does not count; another value counts as 1.
             advantages: ``[N]``.
@@ -820,7 +818,6 @@ class LinearGRPOLoss(_Loss):
             NotImplementedError: ``luspo`` with a KL term, which in Liger is a mean over padding too.
         """
         _check_batch(_input, selected_token_ids)
-        weight, bias = _of_type(_input, lin_weight, bias)
         n, width = selected_token_ids.shape
         for name, given in (
             ("attention_mask", attention_mask),
@@ -869,7 +866,7 @@ class LinearGRPOLoss(_Loss):
             return sequence_reduce(per_token, tile.cu_seqlens, "mean" if means else "sum")
 
         out = linear_loss(
-            batch.hidden(_input), weight, batch.targets, batch.host_seqlens, loss_fn, bias=bias,
+            batch.hidden(_input), lin_weight, batch.targets, batch.host_seqlens, loss_fn, bias=bias,
             temperature=self.temperature, normalizer=self._normalizer(n, tokens, num_items_in_batch),
         )  # fmt: skip
         return out.loss, self._metrics(out.stats.logps, old, ref, advantages, batch.cu_seqlens)
@@ -894,7 +891,6 @@ class LinearGRPOLoss(_Loss):
             raise NotImplementedError("loss_type='luspo' with a KL term; beta=0 leaves it out")
         if logps is not None:
             return logps.detach()[mask]
-        weight, bias = _of_type(hidden, weight, bias)
         return batch.reference(hidden, weight, bias, mask, self.temperature)
 
     def _is_ratio(self, ratio: Tensor, mask: Tensor) -> Tensor:

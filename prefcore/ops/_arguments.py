@@ -60,6 +60,14 @@ def check_float(name: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} must be float32, float64, bfloat16 or float16, got {dtype}")
 
 
+def check_precision(name: str, dtype: torch.dtype, hidden: torch.dtype) -> None:
+    """Refuse float64 beside another type: no GEMM serves it."""
+    if (dtype == torch.float64) != (hidden == torch.float64):
+        raise ValueError(
+            f"{name} must be float64 beside float64 hidden states, and beside no others, got {dtype} beside {hidden}"
+        )
+
+
 def check_memory_budget(memory_budget: int | None) -> None:
     if isinstance(memory_budget, bool):
         raise TypeError("memory_budget must be an int, got a bool")
@@ -138,37 +146,35 @@ def join_low_rank(hidden: Tensor, low_rank: LowRank | None) -> tuple[Tensor, Ten
     return torch.cat((hidden, inner), -1), outer
 
 
-def autocast_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None
-) -> tuple[Tensor, Tensor, Tensor | None, LowRank | None]:
-    """Cast as ``torch.nn.functional.linear`` does under autocast: everything but float64."""
+def head_of_one_type(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None, logits_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None, LowRank | None]:
+    """Hidden states, bias and low-rank part in the type in which the op computes; or refuse theirs or the weight's.
+
+    That is the type of the hidden states, or under autocast, as ``torch.nn.functional.linear`` has it, autocast's for
+    everything but float64. The weight stays as it is: it is converted slice by slice, where it is used, and its
+    gradient, which may be wider, is not rounded on its way through a cast.
+    """
     kind = hidden.device.type
     inner, outer = low_rank or (None, None)
-    named = {"hidden": hidden, "weight": weight, "bias": bias, "inner": inner, "outer": outer}
-    factors = (x.dtype for x in (hidden, weight, inner, outer) if x is not None)
-    if not torch.is_autocast_enabled(kind) or torch.float64 in factors:
-        return hidden, weight, bias, low_rank
+    given = {"hidden": hidden, "weight": weight, "bias": bias, "inner": inner, "outer": outer}
+    named = {name: tensor for name, tensor in given.items() if tensor is not None}
     for name, tensor in named.items():
-        if tensor is not None:
-            check_float(name, tensor.dtype)
-    dtype = torch.get_autocast_dtype(kind)
+        check_float(name, tensor.dtype)
+    dtype, cast = hidden.dtype, torch.is_autocast_enabled(kind)
+    if cast and not any(tensor.dtype == torch.float64 for name, tensor in named.items() if name != "bias"):
+        dtype = torch.get_autocast_dtype(kind)
+    else:
+        for name, tensor in named.items():
+            if name in ("inner", "outer") and tensor.dtype != dtype:
+                raise ValueError(f"{name} must have the dtype of hidden, {dtype}, got {tensor.dtype}")
+            check_precision(name, tensor.dtype, dtype)
+    check_logits_dtype(dtype, logits_dtype)
     return (
         hidden.to(dtype),
-        weight.to(dtype),
         None if bias is None else bias.to(dtype),
         None if low_rank is None else (low_rank[0].to(dtype), low_rank[1].to(dtype)),
     )
-
-
-def check_head_dtypes(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None, low_rank: LowRank | None
-) -> None:
-    check_float("hidden", hidden.dtype)
-    inner, outer = low_rank or (None, None)
-    for name, tensor in (("weight", weight), ("bias", bias), ("inner", inner), ("outer", outer)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
-    check_logits_dtype(hidden.dtype, logits_dtype)
 
 
 def check_weight_grad_out(out: Tensor | None, weight: Tensor) -> None:

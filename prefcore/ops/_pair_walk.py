@@ -157,7 +157,7 @@ class _ForwardWalk:
         pair = self.pair
         for head, tile in zip(pair.heads, tiles, strict=True):
             # A weight that must be converted is converted slice by slice.
-            width = pair.vocab if head.weight.dtype == head.types.operand else bounds.tile_cols
+            width = bounds.tile_cols if head.converts else pair.vocab
             for cols in spans(0, pair.vocab, width):
                 head.weight_slice(cols).logits(tile[:, cols], head.hidden[rows])
         everything = slice(0, pair.vocab)
@@ -242,7 +242,7 @@ def _alone(
         return (
             hidden.new_zeros(hidden.shape if needs.states else (0, hidden.shape[1])),
             side.trained.new_zeros(side.trained.shape if returned else (0,)),
-            weight.new_zeros((weight.shape[0] if needs.bias else 0,)),
+            hidden.new_zeros((weight.shape[0] if needs.bias else 0,)),
         )
     return _walk.backward(
         kernels.rows, grads, hidden, weight, targets, bias, temperature, outer, entropy, saved, needs, drop_zero_rows,
@@ -356,4 +356,4 @@ class _BackwardWalk:
 
 
 def _none(side: HeadInputs, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
-    return side.hidden.new_empty(0, side.hidden.shape[1]), side.weight.new_empty(0), side.weight.new_empty(0)
+    return side.hidden.new_empty(0, side.hidden.shape[1]), side.trained.new_empty(0), side.hidden.new_empty(0)

@@ -17,6 +17,7 @@ from prefcore.ops._arguments import (
     check_logits_dtype,
     check_memory_budget,
     check_outputs,
+    check_precision,
 )
 from prefcore.ops._checks import check_type
 from prefcore.ops._pair_arguments import Kind, check_kind
@@ -231,6 +232,7 @@ def plan(
     other_D: int | None = None,
     other_hidden_requires_grad: bool = False,
     other_weight_requires_grad: bool = False,
+    weight_dtype: torch.dtype | None = None,
 ) -> Plan:
     """What ``linear_logprobs``, ``linear_loss`` or ``linear_divergence`` will do for these shapes, without doing it.
 
@@ -239,7 +241,7 @@ def plan(
 
     Args:
         T: target rows. D: hidden size. V: vocabulary size.
-        dtype: of hidden states and weight.
+        dtype: of the hidden states.
         device: where they are; decides tile shapes.
         hidden_requires_grad: whether the hidden states need a gradient.
         weight_requires_grad: whether the weight or the bias needs one.
@@ -253,6 +255,7 @@ def plan(
         divergence: the kind, for a call of ``linear_divergence``; ``outputs`` are then those of that.
         other_D: hidden size of the other side of a divergence; by default ``D``.
         other_hidden_requires_grad, other_weight_requires_grad: of the other side of a divergence.
+        weight_dtype: of the weight, or of both weights of a divergence; by default ``dtype``.
 
     Returns:
         A :class:`Plan`.
@@ -269,6 +272,10 @@ def plan(
         raise ValueError(f"expected T >= 0, D >= 1 and V >= 1, got T={T}, D={D}, V={V}")
     check_type("dtype", dtype, torch.dtype)
     check_float("dtype", dtype)
+    check_type("weight_dtype", weight_dtype, torch.dtype, optional=True)
+    weight_dtype = dtype if weight_dtype is None else weight_dtype
+    check_float("weight_dtype", weight_dtype)
+    check_precision("weight_dtype", weight_dtype, dtype)
     check_logits_dtype(dtype, logits_dtype)
     check_memory_budget(memory_budget)
     _check_rank(low_rank)
@@ -278,7 +285,7 @@ def plan(
         return _plan_pair(
             T, D, V, dtype, _device(device, memory_budget), hidden_requires_grad, weight_requires_grad, outputs,
             schedule, memory_budget, logits_dtype, groups, divergence, other_D, other_hidden_requires_grad,
-            other_weight_requires_grad,
+            other_weight_requires_grad, weight_dtype,
         )  # fmt: skip
     if other_D is not None or other_hidden_requires_grad or other_weight_requires_grad:
         raise ValueError("other_D and the other side's gradients belong to a divergence; name its kind")
@@ -292,7 +299,9 @@ def plan(
     bounds = limits(V, kinds, raw, device, chosen, memory_budget)
     head = _Products.of(D, low_rank, hidden_requires_grad, weight_requires_grad)
     if chosen == "loop":
-        return _plan_loop(T, V, dtype, kinds, raw, bounds, offsets, head)
+        converted = _converted(bounds, D, V, dtype, weight_dtype, kinds)
+        trained_dtype = weight_dtype if low_rank is None else dtype
+        return _plan_loop(T, V, (dtype, trained_dtype), kinds, raw, bounds, offsets, head, converted)
     retained = min(T, bounds.retained_rows) if chosen in ("auto", "retain") else 0
     rows, cols = min(T, bounds.tile_rows), bounds.tile_cols
     walked = T - retained
@@ -327,7 +336,15 @@ def plan(
             schedule, T, retained, default_budget(device) if memory_budget is None else memory_budget
         )
     sweeps = 1 + (name in ("mixed", "recompute"))
+    peak += _converted(bounds, D, V, dtype, weight_dtype, kinds)
     return Plan(name, Tiles(rows, cols, retained), sweeps, flops, traffic, peak, reason)
+
+
+def _converted(bounds: Limits, D: int, V: int, dtype: torch.dtype, weight_dtype: torch.dtype, kinds: Types) -> int:
+    """Bytes of a slice of the weight beside the weight itself, while it is converted."""
+    rounded = dtype.itemsize if weight_dtype != dtype else 0
+    widened = kinds.operand.itemsize if dtype != kinds.operand else 0
+    return min(V, bounds.tile_cols) * D * (rounded + widened)
 
 
 def _retention(schedule: str, T: int, retained: int, budget: int) -> tuple[str, str]:
@@ -346,7 +363,7 @@ def _plan_pair(
     T: int, D: int, V: int, dtype: torch.dtype, device: torch.device, hidden_grad: bool, weight_grad: bool,
     outputs: tuple[str, ...], schedule: str, memory_budget: int | None, logits_dtype: torch.dtype | None,
     groups: Sequence[int] | None, divergence: str, other_D: int | None, other_hidden_grad: bool,
-    other_weight_grad: bool,
+    other_weight_grad: bool, weight_dtype: torch.dtype,
 ) -> Plan:  # fmt: skip
     check_outputs(outputs, PAIR_OUTPUTS)
     two_phases = PairSpec(check_kind(divergence, None, None).kind).needs_totals  # type: ignore[arg-type]
@@ -390,6 +407,7 @@ def _plan_pair(
         apart = sides * size if retained or size != tile_size else 0
         scratch = max(scratch, tile * ((2 * tile_size if walked else 0) + apart))
     peak = 2 * retained * V * tile_size + scratch + 2 * accumulators
+    peak += sum(_converted(bounds, width, V, dtype, weight_dtype, kinds) for width in widths)
     if not backward:
         name, reason = "forward", "no gradient is wanted"
     else:
@@ -443,9 +461,10 @@ def _check_rank(low_rank: int | None) -> None:
 
 
 def _plan_loop(
-    T: int, V: int, dtype: torch.dtype, kinds: Types, raw: bool, bounds: Limits, offsets: Sequence[int],
-    head: _Products,
+    T: int, V: int, dtypes: tuple[torch.dtype, torch.dtype], kinds: Types, raw: bool, bounds: Limits,
+    offsets: Sequence[int], head: _Products, converted: int,
 ) -> Plan:  # fmt: skip
+    """``dtypes`` of the hidden states and of what trains of the head, ``converted`` the bytes of a slice of that."""
     weight_grad, columns = bool(head.weight), sum(head.logits)
     tiles = [offsets[stop] - offsets[start] for start, stop in loop_tiles(offsets, loop_rows(bounds))]
     # A tile runs `frozen`, which keeps no logits, where that costs nothing more.
@@ -463,16 +482,16 @@ def _plan_loop(
     sweeps = sum(every) * (T + count * V) + again * columns * -(-V // bounds.tile_cols)
     passes = T * (head.logits_passes + len(head.hidden + head.weight) + 3) + again * head.logits_passes
     traffic = sweeps * size + passes * V * tile_size
-    sums = (T * columns if head.hidden else 0) + V * sum(head.weight)
+    sums = T * columns if head.hidden else 0, V * sum(head.weight)
     traffic += wide * (T * columns + 2 * count * V * sum(head.weight))
     scratch = 0
     if larger or raw or not keeps or kept_size != tile_size:
         scratch = (
             min(most, bounds.tile_rows) * min(V, bounds.tile_cols) * (tile_size + (size if size != tile_size else 0))
         )
-    # What is kept until the backward is returned by it where it has the type of the inputs.
-    kept = 0 if wide == dtype.itemsize else sums * wide
-    peak = held * V * kept_size + scratch + kept + 2 * most * columns * wide
+    # What is kept until the backward is returned by it where it has the type of the input.
+    kept = sum(each * wide for each, dtype in zip(sums, dtypes, strict=True) if dtype.itemsize != wide)
+    peak = held * V * kept_size + scratch + kept + 2 * most * columns * wide + converted
     reason = f"{count} tile(s) of whole groups, of {most} rows at most"
     if larger:
         reason += f"; {len(larger)} of them exceed the {bounds.retained_rows} rows that fit the budget"

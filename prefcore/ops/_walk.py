@@ -97,6 +97,7 @@ class Operands:
         self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
         outer: Tensor | None, settings: HeadSettings,
     ) -> None:  # fmt: skip
+        self.dtype = hidden.dtype
         self.types = _plan.types(hidden.device, hidden.dtype, settings.logits_dtype)
         self.accumulate = accumulator_dtype(hidden.dtype)
         self.spec = settings.spec(weight.shape[0], self.types.round_to)
@@ -107,6 +108,7 @@ class Operands:
             if keep.shape[0] < targets.shape[0]:
                 self.keep = keep
         self.weight, self.bias = weight, None if bias is None else bias.contiguous()
+        self.converts = not weight.dtype == self.dtype == self.types.operand
         self.outer, self.trained = outer, weight if outer is None else outer
         self.hidden = self.pick(hidden).to(self.types.operand)
         self.targets = self.pick(targets)
@@ -141,7 +143,11 @@ class Operands:
     def weight_slice(self, cols: slice) -> Slice:
         """Views, unless they must be converted."""
         outer = None if self.outer is None else self.outer[cols].to(self.types.operand)
-        return Slice(self.weight[cols].to(self.types.operand), outer)
+        return Slice(self.rounded(self.weight[cols]).to(self.types.operand), outer)
+
+    def rounded(self, rows: Tensor) -> Tensor:
+        """Rows of the weight in the type of the hidden states, in which the product is taken, whatever computes it."""
+        return rows.to(self.dtype)
 
     @property
     def trained_hidden(self) -> Tensor:
@@ -250,7 +256,7 @@ def _retain(
         kept = retained[rows]
         tile = empty(*kept.shape, dtype=head.types.tile, device=kept.device) if wide else kept
         # A weight that must be converted is converted slice by slice.
-        width = V if head.weight.dtype == head.types.operand else bounds.tile_cols
+        width = bounds.tile_cols if head.converts else V
         for cols in spans(0, V, width):
             head.weight_slice(cols).logits(tile[:, cols], head.hidden[rows])
         arguments = (*head.row_arguments(rows), head.bias, head.spec, state[:, rows])
@@ -340,7 +346,7 @@ def backward(
     if settings.schedule == "frozen" and picked[1] is None:
         d_hidden = _frozen_gradient(head, gradient, state, head.pick(saved.mean_weight))
         d_hidden = d_hidden.to(head.accumulate if into.wide else hidden.dtype)
-        return head.restore(d_hidden, hidden.shape[0]), weight.new_empty(0), weight.new_empty(0)
+        return head.restore(d_hidden, hidden.shape[0]), head.trained.new_empty(0), hidden.new_empty(0)
     walk = _BackwardWalk(kernels, head, gradient, state, per_row_entropy, saved.retained, needs, settings, into)
     if drop_zero_rows or hidden.device.type == "cpu":
         walk.drop_zero_rows()
@@ -357,7 +363,7 @@ def _frozen_gradient(head: Operands, row: RowGradient, state: Tensor, mean_weigh
     # A target outside the vocabulary has no row of W: its z is NaN, and so must this be.
     own = (row.a * slope).masked_fill(z.isnan(), torch.nan).masked_fill_(row.a == 0, 0)
     index = head.targets.clamp(0, head.weight.shape[0] - 1)
-    chosen = head.weight.index_select(0, index)
+    chosen = head.rounded(head.weight.index_select(0, index))
     if head.outer is not None:
         chosen = torch.cat((chosen, head.outer.index_select(0, index)), 1)
     chosen = chosen.to(head.accumulate)
@@ -396,7 +402,7 @@ class _BackwardWalk:
         head, needs, V = self.head, self.needs, self.head.weight.shape[0]
         # Retained onehot - p enters the GEMMs as it lies. Where that serves every row, one slice is the vocabulary.
         direct = head.chosen is None and not self.settings.raw
-        whole = direct and self.kept_rows == head.rows and head.weight.dtype == head.types.operand
+        whole = direct and self.kept_rows == head.rows and not head.converts
         # Nor where a slice of dL/dW needs room of its own.
         whole = whole and not (_scaled_apart(head, self.into) or _converts(head, self.into))
         width = V if whole else min(V, bounds.tile_cols)

@@ -13,13 +13,12 @@ from prefcore._impl import Impl, resolve
 from prefcore._types import PairStats
 from prefcore.ops import _pair, _pair_walk, _plan
 from prefcore.ops._arguments import (
-    autocast_head,
-    check_head_dtypes,
     check_head_tensors,
     check_low_rank,
     check_memory_budget,
     check_targets,
     check_weight_grad_out,
+    head_of_one_type,
     join_low_rank,
 )
 from prefcore.ops._autograd import once_differentiable
@@ -94,7 +93,7 @@ def _backward_fake(*arguments: Any) -> list[Tensor]:
         results += [
             hidden.new_empty(hidden.shape if needs.states else (0, hidden.shape[1])),
             side.trained.new_empty(side.trained.shape if returned else (0,)),
-            weight.new_empty((weight.shape[0] if needs.bias else 0,)),
+            hidden.new_empty((weight.shape[0] if needs.bias else 0,)),
         ]
     return results
 
@@ -267,9 +266,10 @@ def linear_divergence(
 
     Args:
         hidden: ``[..., D]``, float32, float64, bfloat16 or float16.
-        weight: ``[V, D]``, the head's weight, of the same type and device.
+        weight: ``[V, D]``, the head's weight, on the same device, of any type that :func:`prefcore.linear_logprobs`
+            takes beside that of ``hidden``: converted slice by slice, with a gradient in its own.
         other_hidden: ``[..., E]``, of the same leading shape, type and device; E may differ from D.
-        other_weight: ``[V, E]``; it may be ``weight`` itself.
+        other_weight: ``[V, E]``, of any such type; it may be ``weight`` itself.
         targets: ``[...]`` int64 token ids, for ``logps`` and ``other_logps``; ``ignore_index`` marks a row to skip.
             None scores no token and skips no row.
         kind: which divergence, as above. A KL is infinite where the distribution that it averages over has probability
@@ -277,7 +277,7 @@ def linear_divergence(
         alpha, beta: the parameter of ``alpha`` and ``js``, between 0 and 1; 1/2 by default. ``beta`` is p's share of
             the mixture: where q is the teacher, the beta of GKD and of TRL, the teacher's share, is 1 - ``beta``. Near
             0 and 1 rounding errors of ``alpha`` grow by 1/(alpha·(1 - alpha)); its limits are the KLs.
-        bias, other_bias: ``[V]`` or None, of the weights' type.
+        bias, other_bias: ``[V]`` or None, of any such type; they are cast to that of ``hidden``.
         low_rank, other_low_rank: ``(inner [..., R], outer [V, R])`` or None, of either side, as in
             :func:`prefcore.linear_logprobs`: ``outer`` trains in place of that side's weight.
         temperature, softcap, logit_scale: as in :func:`prefcore.linear_logprobs`.
@@ -288,7 +288,8 @@ def linear_divergence(
             of as many rows as the budget holds. Without a gradient to take every name runs ``forward``.
         memory_budget: bytes of logits of both sides held at once; 1/16 of the device's memory by default. Tiles have
             128 rows and 1024 columns at the least. ``retain`` exceeds the default budget, not a given one.
-        logits_dtype: None rounds logits to the inputs' type, as models do; ``torch.float32`` keeps the GEMM's sums.
+        logits_dtype: None rounds logits to the type of ``hidden``, as models do; ``torch.float32`` keeps the GEMM's
+            sums.
         weight_grad_out, other_weight_grad_out: ``[V, D]`` and ``[V, E]``, float32 or of the weight's type: the weight's
             gradient is added to it in place, and autograd gets none for that weight.
         drop_zero_rows: leave rows whose upstream gradients are zero out of the backward. On a GPU it costs one
@@ -325,12 +326,10 @@ def linear_divergence(
     check_low_rank(other_low_rank, other_hidden, other_weight, "other_low_rank")
     _check_options(schedule, memory_budget, drop_zero_rows, process_group)
     run = resolve(impl, "linear_divergence", hidden.device)
-    hidden, weight, bias, low_rank = autocast_head(hidden, weight, bias, low_rank)
-    other_hidden, other_weight, other_bias, other_low_rank = autocast_head(
-        other_hidden, other_weight, other_bias, other_low_rank
+    hidden, bias, low_rank = head_of_one_type(hidden, weight, bias, low_rank, logits_dtype)
+    other_hidden, other_bias, other_low_rank = head_of_one_type(
+        other_hidden, other_weight, other_bias, other_low_rank, logits_dtype
     )
-    check_head_dtypes(hidden, weight, bias, logits_dtype, low_rank)
-    check_head_dtypes(other_hidden, other_weight, other_bias, logits_dtype, other_low_rank)
     if other_hidden.dtype != hidden.dtype:
         raise ValueError(f"expected both sides of one dtype, got {hidden.dtype} and {other_hidden.dtype}; convert one")
     check_weight_grad_out(weight_grad_out, weight)

@@ -14,14 +14,13 @@ from prefcore._impl import Impl, resolve
 from prefcore._types import TokenStats
 from prefcore.ops import _plan, _walk
 from prefcore.ops._arguments import (
-    autocast_head,
-    check_head_dtypes,
     check_head_tensors,
     check_logit_options,
     check_low_rank,
     check_memory_budget,
     check_targets,
     check_weight_grad_out,
+    head_of_one_type,
     join_low_rank,
     row_temperature,
     stats_settings,
@@ -76,7 +75,7 @@ def _backward_fake(
     return (
         hidden.new_empty(hidden.shape if hidden_grad or inner_grad else (0, hidden.shape[1])),
         trained.new_empty(trained.shape if returned else (0,)),
-        weight.new_empty((weight.shape[0] if bias_grad else 0,)),
+        hidden.new_empty((weight.shape[0] if bias_grad else 0,)),
     )
 
 
@@ -247,20 +246,25 @@ def linear_logprobs(
     """Statistics of the next-token distributions softmax(z), z = softcap(logit_scale·(h·Wᵀ + b))/temperature.
 
     Equal to ``prefcore.logprobs(linear(hidden, weight, bias), targets, …)`` without the ``[T, V]`` logits:
-    they exist as tiles, or, in the schedule ``retain``, once, in the type of the inputs (float32 for 16-bit inputs on a
-    CPU that has no units for their type). ``T`` is the number of
-    rows, that is of elements of ``targets``.
+    they exist as tiles, or, in the schedule ``retain``, once, in the type of ``hidden`` (float32 for 16-bit states on a
+    CPU that has no units for their type). ``T`` is the number of rows, that is of elements of ``targets``.
+
+    The call computes in the type of ``hidden``, under autocast in autocast's. A weight of another type is rounded to
+    that as if cast first, but a slice of a tile's width at a time, so without a copy; and its gradient, in its own
+    type, is not rounded to that of ``hidden``: that of a float32 weight keeps float32 sums of 16-bit factors.
 
     Args:
         hidden: ``[..., D]``, float32, float64, bfloat16 or float16.
-        weight: ``[V, D]``, the head's weight, of the same type and device.
+        weight: ``[V, D]``, the head's weight, on the same device, of any of these types, but float64 beside float64
+            alone.
         targets: ``[...]`` int64 token ids; ``ignore_index`` marks a row to skip.
-        bias: ``[V]`` or None, of the weight's type.
-        low_rank: ``(inner [..., R], outer [V, R])``, of the same type and device, or None: ``inner @ outer.T`` is added
-            to the raw logits. LoRA on the head (Hu et al. 2021, arXiv:2106.09685) is inner = scaling·dropout(h)·Aᵀ,
-            outer = B. Gradients go to both, and ``outer`` is what trains: the weight may not, so none of its size is
-            made. Schedules count ``outer`` as the weight, but its GEMMs are R columns wide: ``retain`` then costs 2 U,
-            ``recompute`` 3 U, and each 1 U less where the hidden states need no gradient, only ``inner``.
+        bias: ``[V]`` or None, of a type as the weight may have; it is cast to that of ``hidden``.
+        low_rank: ``(inner [..., R], outer [V, R])``, of the type and device of ``hidden``, or None: ``inner @ outer.T``
+            is added to the raw logits. LoRA on the head (Hu et al. 2021, arXiv:2106.09685) is
+            inner = scaling·dropout(h)·Aᵀ, outer = B. Gradients go to both, and ``outer`` is what trains: the weight may
+            not, so none of its size is made. Schedules count ``outer`` as the weight, but its GEMMs are R columns wide:
+            ``retain`` then costs 2 U, ``recompute`` 3 U, and each 1 U less where the hidden states need no gradient,
+            only ``inner``.
         temperature: positive; a number, or a tensor shaped like ``targets`` (no gradient).
         softcap: positive; softcap(u) = softcap·tanh(u/softcap). None for none.
         logit_scale: factor of the raw logits.
@@ -273,7 +277,8 @@ def linear_logprobs(
             many rows as the budget holds and recomputes the others.
         memory_budget: bytes of logits held at once; 1/16 of the device's memory by default. Tiles have 128 rows and
             1024 columns at the least, however small the budget. ``retain`` exceeds the default budget, not a given one.
-        logits_dtype: None rounds logits to the inputs' type, as models do; ``torch.float32`` keeps the GEMM's sums.
+        logits_dtype: None rounds logits to the type of ``hidden``, as models do; ``torch.float32`` keeps the GEMM's
+            sums.
         weight_grad_out: ``[V, D]``, float32 or of the weight's type: ∂L/∂weight is added to it in place, and
             autograd gets none for the weight.
         drop_zero_rows: leave rows whose upstream gradient is zero out of the backward's GEMMs. On a GPU it costs one
@@ -305,8 +310,7 @@ def linear_logprobs(
     check_low_rank(low_rank, hidden, weight)
     _check_options(schedule, memory_budget, drop_zero_rows, process_group)
     run = resolve(impl, "linear_logprobs", hidden.device)
-    hidden, weight, bias, low_rank = autocast_head(hidden, weight, bias, low_rank)
-    check_head_dtypes(hidden, weight, bias, logits_dtype, low_rank)
+    hidden, bias, low_rank = head_of_one_type(hidden, weight, bias, low_rank, logits_dtype)
     check_weight_grad_out(weight_grad_out, weight)
     number, per_row = row_temperature(temperature, targets, hidden)
     grad = torch.is_grad_enabled()

@@ -18,14 +18,13 @@ from prefcore._impl import Impl, resolve
 from prefcore._types import LinearLoss, Tile, TokenStats
 from prefcore.ops import _plan, _walk
 from prefcore.ops._arguments import (
-    autocast_head,
-    check_head_dtypes,
     check_head_tensors,
     check_logit_options,
     check_low_rank,
     check_memory_budget,
     check_targets,
     check_weight_grad_out,
+    head_of_one_type,
     join_low_rank,
     row_temperature,
     stats_settings,
@@ -83,7 +82,8 @@ def linear_loss(
 
     Args:
         hidden: ``[T, D]``, float32, float64, bfloat16 or float16.
-        weight: ``[V, D]``, the head's weight, of the same type and device.
+        weight: ``[V, D]``, the head's weight, on the same device, of any type that :func:`linear_logprobs` takes beside
+            that of ``hidden``; it is converted slice by slice, and its gradient not rounded to another type than its.
         targets: ``[T]`` int64 token ids; ``ignore_index`` marks a row to skip.
         cu_seqlens: int32 ``[S + 1]``, offsets of the sequences into T. The host reads them: a GPU's tensor
             synchronises, a CPU's tensor or a list of ints does not. A CUDA graph can only be captured with a pinned
@@ -162,8 +162,7 @@ def linear_loss(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
     run = resolve(impl, "linear_loss", hidden.device)
-    hidden, weight, bias, low_rank = autocast_head(hidden, weight, bias, low_rank)
-    check_head_dtypes(hidden, weight, bias, logits_dtype, low_rank)
+    hidden, bias, low_rank = head_of_one_type(hidden, weight, bias, low_rank, logits_dtype)
     check_weight_grad_out(weight_grad_out, weight)
     number, per_row = row_temperature(temperature, targets, hidden)
     weights = _check_weights(weights, hidden)
@@ -422,7 +421,7 @@ class _Tiles:
             self.d_weight, self.started = weight_grad_out, True
         elif head.needs.weight:
             # What is neither scaled nor added to any more needs no wider type.
-            dtype = head.weight.dtype if self.final and len(self.tiles) == 1 else acc
+            dtype = head.trained.dtype if self.final and len(self.tiles) == 1 else acc
             self.d_weight = empty(*head.trained.shape, dtype=dtype, device=device)
 
     def step(self, tile: Tile) -> None:
@@ -501,7 +500,7 @@ class _Tiles:
         if weight is not None and not self.started:
             weight.zero_()
         if self.final:
-            weight = None if out is not None or weight is None else weight.to(self.head.weight.dtype)
+            weight = None if out is not None or weight is None else weight.to(self.head.trained.dtype)
             out = None
         return _Gradients(self.d_hidden, weight, self.d_bias, out, divisor, self.reduction.grad_scale)
 
@@ -581,7 +580,7 @@ class _Deliver(torch.autograd.Function):
     def forward(
         ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, gradients: _Gradients
     ) -> Tensor:
-        ctx.gradients, ctx.dtype = gradients, hidden.dtype
+        ctx.gradients, ctx.dtypes = gradients, (hidden.dtype, weight.dtype)
         return loss.clone()
 
     @staticmethod
@@ -598,13 +597,13 @@ class _Deliver(torch.autograd.Function):
         promised, out, weight = found.promised, found.weight_grad_out, found.weight
         factor = upstream / found.divisor if promised is None else _kept_promise(upstream, promised)
 
-        def scaled(x: Tensor | None) -> Tensor | None:
-            """In the inputs' type, by one pass over memory."""
+        def scaled(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            """In the input's type, by one pass over memory."""
             if x is None:
                 return None
-            if x.dtype == ctx.dtype and not again:
+            if x.dtype == dtype and not again:
                 return x.mul_(factor)
-            return torch.mul(x, factor, out=torch.empty_like(x, dtype=ctx.dtype))
+            return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
 
         if weight is not None and out is not None:
             out.add_(weight * factor if again else weight.mul_(factor))
@@ -613,8 +612,9 @@ class _Deliver(torch.autograd.Function):
             weight = weight.clone() if again else weight
             weight[0] *= factor
         else:
-            weight = scaled(weight)
-        return None, scaled(found.hidden), weight, scaled(found.bias), None
+            weight = scaled(weight, ctx.dtypes[1])
+        # A bias has the type of the hidden states here.
+        return None, scaled(found.hidden, ctx.dtypes[0]), weight, scaled(found.bias, ctx.dtypes[0]), None
 
 
 def _graph_is_kept() -> bool:

@@ -21,13 +21,15 @@ def logits(
 ) -> Tensor:
     """``hidden @ weight.T + inner @ outer.T + bias`` in ``dtype``, that of hidden by default.
 
+    A weight or bias of another type is rounded to that of hidden first, whatever ``dtype`` is.
     An ignored row may hold anything: where ``scored [...]`` is given, what it does not name counts as zeros.
     """
     dtype = dtype or hidden.dtype
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = x if scored is None else x.where(scored[..., None], 0)
-        return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        bias = None if bias is None else bias.to(hidden.dtype).to(dtype)
+        return torch.nn.functional.linear(x.to(dtype), weight.to(hidden.dtype).to(dtype), bias)
 
     made = linear(hidden, weight, bias)
     return made if low_rank is None else made + linear(*low_rank)

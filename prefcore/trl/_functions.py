@@ -35,9 +35,16 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, common: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    """A head whose products are of values of ``dtype``, taken exactly to the wider ``common``, as a head op takes it.
+
+    The op itself converts the weight, slice by slice, where that goes from its type to ``common`` in one step.
+    """
+    once = dtype == common or torch.promote_types(weight.dtype, dtype) == dtype
+    if not once or torch.float64 in (weight.dtype, common):
+        weight = weight.to(dtype).to(common)
+    return hidden.to(dtype).to(common), weight, None if bias is None else bias.to(dtype).to(common)
 
 
 class ChunkedLogProbFunction:
@@ -59,8 +66,8 @@ class ChunkedLogProbFunction:
 
         Args:
             hidden: ``[N, D]``.
-            weight, bias: ``[V, D]`` and ``[V]`` or None, converted to the type of hidden, or to autocast's: a copy of
-                the weight where they differ, as with ``cast_lm_head_to_fp32`` of TRL.
+            weight, bias: ``[V, D]`` and ``[V]`` or None, converted to the type of hidden, or to autocast's, the weight
+                slice by slice.
             targets: ``[N]`` token ids.
             chunk_size: TRL's width of a tile; the plan of prefcore stands instead.
         """
@@ -69,7 +76,8 @@ class ChunkedLogProbFunction:
             return trls.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
-        hidden, weight, bias = _head(hidden, weight, bias, _compute_dtype(hidden))
+        dtype = _compute_dtype(hidden)
+        hidden, weight, bias = _head(hidden, weight, bias, dtype, dtype)
         stats = prefcore.linear_logprobs(
             hidden,
             weight,
@@ -121,10 +129,10 @@ class ChunkedDivergenceFunction:
         # Each side is rounded to its own type and then, exactly, taken to the wider one.
         common = torch.promote_types(student, teacher)
         vocab = student_weight.shape[0]
-        hidden, weight, bias = _head(*_head(student_hidden, student_weight, student_bias, student), common)
+        hidden, weight, bias = _head(student_hidden, student_weight, student_bias, student, common)
         teacher_weight = teacher_weight.detach()[:vocab]
         teacher_bias = None if teacher_bias is None else teacher_bias.detach()[:vocab]
-        other = _head(*_head(teacher_hidden.detach(), teacher_weight, teacher_bias, teacher), common)
+        other = _head(teacher_hidden.detach(), teacher_weight, teacher_bias, teacher, common)
         kind, share = _kind(beta)
         stats = prefcore.linear_divergence(
             hidden,

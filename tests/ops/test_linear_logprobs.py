@@ -473,9 +473,15 @@ def test_autocast_casts_as_linear_does(impl, device):
     plain = run(low, prefcore.linear_logprobs, impl=impl)
     assert stats.logps.dtype == torch.float32
     assert torch.equal(stats.logps.cpu(), plain["logps"])
-    for leaf, name in ((hidden, "d_hidden"), (weight, "d_weight"), (bias, "d_bias")):
+    for leaf, name in ((hidden, "d_hidden"), (bias, "d_bias")):
         assert leaf.grad.dtype == torch.float32
         assert torch.equal(leaf.grad.cpu(), plain[name].float())
+    # The weight's own is of sums that no cast has rounded.
+    assert weight.grad.dtype == torch.float32
+    assert impl == "reference" or not torch.equal(weight.grad.cpu(), plain["d_weight"].float())
+    terms = 20 * torch.finfo(torch.float32).eps * plain["d_weight"].abs().max().item()  # added in another order
+    rounding = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(weight.grad.cpu().bfloat16(), plain["d_weight"], rtol=rounding, atol=terms)
 
 
 def test_a_frozen_head_allocates_nothing_of_its_size(monkeypatch):
@@ -648,8 +654,10 @@ def good() -> dict[str, Any]:
         ({"weight": torch.randn(10, 7)}, ValueError, r"weight \[V, D\] with D = 8"),
         ({"weight": torch.randn(0, 8)}, ValueError, "V >= 1"),
         ({"bias": torch.randn(9)}, ValueError, "V = 10"),
-        ({"bias": torch.randn(10).double()}, ValueError, "bias must have the dtype"),
-        ({"weight": torch.randn(10, 8).half()}, ValueError, "weight must have the dtype"),
+        ({"bias": torch.randn(10).double()}, ValueError, "bias must be float64 beside float64"),
+        ({"weight": torch.randn(10, 8).double()}, ValueError, "weight must be float64 beside float64"),
+        ({"hidden": torch.randn(4, 8).double()}, ValueError, "weight must be float64 beside float64"),
+        ({"weight": torch.ones(10, 8, dtype=torch.int64)}, ValueError, "weight must be float32"),
         ({"hidden": torch.ones(4, 8, dtype=torch.int64)}, ValueError, "hidden must be float32"),
         ({"targets": torch.tensor([0, 9, IGNORE, 3], dtype=torch.int32)}, ValueError, "int64"),
         ({"targets": torch.tensor([0, 10, IGNORE, 3])}, ValueError, "got 10 at row 1"),
@@ -731,7 +739,7 @@ def test_autocast_casts_floats_only(name):
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match=f"{name} must be float32"):
         prefcore.linear_logprobs(**arguments)
     arguments = good() | {"weight": torch.randn(10, 8).double()}
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="weight must have the dtype"):
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="weight must be float64"):
         prefcore.linear_logprobs(**arguments)
 
 
