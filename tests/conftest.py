@@ -61,8 +61,8 @@ def poison_uninitialised_memory():
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-# What two ranks run: a fresh interpreter, since a test's module may have been imported under a name that no other process
-# can find, and a fork of it, since imports are most of the time. Nothing has started a thread or a device before that.
+# What two ranks run: a fresh interpreter, since a test's module may have been imported under a name that no other
+# process can find, and a fork of it, since imports are most of the time. Nothing has started a device before that.
 _RANKS = """
 import importlib.util, os, pathlib, sys
 import torch

@@ -137,8 +137,8 @@ def find_head(model: nn.Module, *, probe: bool = True) -> Head:
     _refuse_unknown_module(linear, type(base).__name__)
     if adapters and torch.is_grad_enabled() and linear.weight.requires_grad:
         raise NotImplementedError(
-            f"the head of {type(base).__name__} has LoRA, and its own weight (or that of the embeddings, to which it is "
-            "tied) trains beside it; freeze that, or train the head whole (modules_to_save)"
+            f"the head of {type(base).__name__} has LoRA, and its own weight (or that of the embeddings, to which it "
+            "is tied) trains beside it; freeze that, or train the head whole (modules_to_save)"
         )
     backbone = base.base_model
     if backbone is base:

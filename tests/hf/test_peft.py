@@ -383,7 +383,7 @@ def test_a_head_that_trains_beside_its_lora_is_refused_before_a_step_and_scored(
     if kind == "llama":
         assert_as_peft(model)
         model.get_base_model().lm_head.base_layer.weight.requires_grad_()
-    with pytest.raises(NotImplementedError, match="own weight .* trains beside it"):
+    with pytest.raises(NotImplementedError, match=r"own weight .* trains beside it"):
         find_head(model)
     assert_same_values(model)
 
