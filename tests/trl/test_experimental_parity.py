@@ -247,6 +247,28 @@ def test_a_divergence_of_whole_logits_trains_alike(harness, maker, tmp_path, cel
     harness.assert_same(ours, theirs)
 
 
+def test_a_divergence_of_whole_logits_in_bf16_is_as_near_to_float32_as_trl(harness, maker, tmp_path):
+    def make(**options):
+        more = lambda: {"teacher_model": harness.make_model("bias", seed=1)}
+        data = harness.conversations(turns=1)
+        return maker("gkd", "GKD", data=data, more=more, max_length=40, lmbda=0.0, beta=0.3, **options)
+
+    ours, theirs = harness.both(make(bf16=True), "divergence")
+    harness.assert_no_worse(ours, theirs, harness.run(make()))
+
+
+def test_self_distillation_in_bf16_is_as_near_to_float32_as_trl(harness, maker):
+    def make(**options):
+        data = harness.prompts(chat=True)
+        data = data.add_column("privileged_context", ["w1 w2"] * len(data))
+        settings = {"num_generations": 2, "max_completion_length": 8, "distillation_alpha": 1.0, "kind": "softcap"}
+        mode = {"distillation_mode": "sampled_token", **settings, **options}
+        return maker("sdft", "SDFT", data=data, referred=True, **mode)
+
+    ours, theirs = harness.both(make(bf16=True), "logprobs")
+    harness.assert_no_worse(ours, theirs, harness.run(make()))
+
+
 def _varlen_attention(query, key, value, starts_q, starts_k, *_, softmax_scale, window_size, softcap=None, **__):
     """What the kernel computes, segment by segment: queries are the last positions of their keys."""
     out = torch.zeros_like(query)

@@ -89,7 +89,11 @@ DPO = {
     "sigmoid, a trained adapter": {"adapter": "trained"},
     "sigmoid, prompt tuning": {"adapter": "prompt", "use_weighting": True},
     "sigmoid, weighted, capped": {"use_weighting": True, "kind": "softcap"},
-    "sigmoid, checkpointing": {"gradient_checkpointing": True},
+    "sigmoid, smoothed, checkpointing": {"label_smoothing": 0.2, "gradient_checkpointing": True},
+    "sigmoid, smoothed, reentrant": {
+        "label_smoothing": 0.1, "adapter": "new", "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
     "sigmoid, a synchronised reference": {"sync_ref_model": True, "ref_model_sync_steps": 1, "max_steps": 3},
     "sigmoid, a moving average as reference": {"trainer": BEMADPOTrainer},
     "sigmoid, truncated, padded to a multiple": {"max_length": 7, "pad_to_multiple_of": 8},
