@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.metadata
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +47,20 @@ class Batch:
     def rows(self, *tensors):
         """The kept tokens of each response, of each tensor."""
         return [tuple(t[i][self.mask[i] != 0] for t in tensors) for i in range(len(self.mask))]
+
+
+@pytest.fixture
+def readme_snippet():
+    """README's snippet for a trainer that imports an adapter of that name; each has under ten lines."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+
+    def find(adapter):
+        snippets = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+        (snippet,) = [x for x in snippets if f"from prefcore.adapters import {adapter}" in x]
+        assert len(snippet.strip().splitlines()) < 10
+        return snippet
+
+    return find
 
 
 @pytest.fixture

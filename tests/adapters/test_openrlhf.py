@@ -435,6 +435,9 @@ def pretended():
                 source += f"def {name}({signature}): ...\n"
         modules[place] = source
     modules["openrlhf.trainer"] = "from openrlhf.models.loss import DPOLoss\n"
+    modules["openrlhf.cli.train_dpo"] = (
+        "import openrlhf.trainer\nopenrlhf.trainer.seen = __name__, openrlhf.trainer.DPOLoss\n"
+    )
     return modules
 
 
@@ -447,6 +450,15 @@ def test_enabling_replaces_what_trainers_have_imported(pretend):
         assert sys.modules["openrlhf.models.utils"].compute_entropy is ours.compute_entropy
     assert trainer.DPOLoss is before
     assert not ours.enabled()
+
+
+def test_the_readmes_lines_run_its_command_with_ours(pretend, readme_snippet):
+    pretend("openrlhf", "0.11.2", pretended())
+    try:
+        exec(readme_snippet("openrlhf"), {})
+        assert sys.modules["openrlhf.trainer"].seen == ("__main__", ours.DPOLoss)
+    finally:
+        ours.disable()
 
 
 def test_another_openrlhf_is_refused(pretend):

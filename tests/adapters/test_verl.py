@@ -740,6 +740,17 @@ def test_enabling_replaces_functions_wherever_verl_has_imported_them(pretend):
         ours.enable(skip=("nothing",))
 
 
+def test_the_readmes_lines_serve_what_verl_imports_after_them(pretend, readme_snippet):
+    pretend("verl", "0.9.1", pretended())
+    try:
+        exec(readme_snippet("verl"), {})
+        from verl.trainer import late
+
+        assert late.agg_loss is ours.agg_loss
+    finally:
+        ours.disable()
+
+
 @pytest.mark.parametrize(
     ("release", "changes", "message"),
     [
