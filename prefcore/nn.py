@@ -138,6 +138,19 @@ def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return means if bias is None else means + bias.mean(dtype=dtype)
 
 
+def _beside(hidden: Any, *head: Any) -> list[Any]:
+    """A head as the op takes it beside the hidden states: it converts slice by slice all but float64.
+
+    What is no tensor is left for the op to refuse.
+    """
+
+    def foreign(x: Any) -> bool:
+        tensors = isinstance(x, Tensor) and isinstance(hidden, Tensor)
+        return tensors and (x.dtype == torch.float64) != (hidden.dtype == torch.float64)
+
+    return [x.to(hidden.dtype) if foreign(x) else x for x in head]
+
+
 class _Loss(nn.Module):
     """A module that prints its settings."""
 
@@ -656,9 +669,8 @@ class LinearJSDLoss(_Loss):
         q: list[Any] = [x if x is None else x.detach() for x in (teacher, teacher_weight, teacher_bias)]
         if student.dtype != teacher.dtype:
             dtype = torch.promote_types(student.dtype, teacher.dtype)
-            # The op converts heads slice by slice, but float64 goes with float64 alone.
-            cast = 3 if dtype == torch.float64 else 1
-            p, q = ([x if x is None else x.to(dtype) for x in side[:cast]] + side[cast:] for side in (p, q))
+            p, q = ([side[0].to(dtype), *side[1:]] for side in (p, q))
+            p[1:], q[1:] = _beside(p[0], *p[1:]), _beside(q[0], *q[1:])
         if padding:
             p[1:] = [x if x is None else pad(x, (0, 0) * (x.ndim - 1) + (0, padding)) for x in p[1:]]
         pair = linear_divergence(
@@ -818,6 +830,7 @@ class LinearGRPOLoss(_Loss):
             NotImplementedError: ``luspo`` with a KL term, which in Liger is a mean over padding too.
         """
         _check_batch(_input, selected_token_ids)
+        lin_weight, bias = _beside(_input, lin_weight, bias)
         n, width = selected_token_ids.shape
         for name, given in (
             ("attention_mask", attention_mask),
@@ -891,6 +904,7 @@ class LinearGRPOLoss(_Loss):
             raise NotImplementedError("loss_type='luspo' with a KL term; beta=0 leaves it out")
         if logps is not None:
             return logps.detach()[mask]
+        weight, bias = _beside(hidden, weight, bias)
         return batch.reference(hidden, weight, bias, mask, self.temperature)
 
     def _is_ratio(self, ratio: Tensor, mask: Tensor) -> Tensor:
