@@ -71,6 +71,9 @@ class DPOTrainer(PackedTrainer, trl.DPOTrainer):
             torch_compile, prompt learning, and heads and attention that prefcore does not run.
     """
 
+    # TRL's own, for where it is not installed and its classes are unknown.
+    loss_types: list[str]
+    loss_weights: list[float]
     _reference_free = False
 
     def __init__(

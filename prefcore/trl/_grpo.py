@@ -40,6 +40,8 @@ class GRPOTrainer(PackedTrainer, trl.GRPOTrainer):
             does not run.
     """
 
+    _buffered_inputs: Any  # TRL's own
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_images(self.train_dataset)
