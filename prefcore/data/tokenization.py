@@ -68,8 +68,10 @@ def tokenize_pairs(
     Their scores become the items' ``rewards`` where all preferences have some.
 
     Raises:
+        TypeError: what is no preference; :func:`read_preferences` makes them of a file.
         DataError, ValueError: as :func:`tokenize`.
     """
+    _refuse_others(preferences, Preference, "read_preferences(file)")
     tokens = tokenize(
         [pair_example(preference) for preference in preferences],
         tokenizer,
@@ -88,6 +90,14 @@ def tokenize_pairs(
     return pairs if rewards is None else pairs.with_extras(rewards=rewards)
 
 
+def _refuse_others(given: Sequence[Any], wanted: type, maker: str) -> None:
+    for each in given:
+        if not isinstance(each, wanted):
+            raise TypeError(
+                f"expected prefcore.data.{wanted.__name__}s, got {type(each).__name__}; see prefcore.data.{maker}"
+            )
+
+
 def tokenize_lists(
     rankings: Sequence[Ranking],
     tokenizer: Any,
@@ -101,8 +111,10 @@ def tokenize_lists(
     Their scores become the items' ``rewards`` where all rankings have some.
 
     Raises:
+        TypeError: what is no ranking; :func:`read_lists` makes them of a file.
         DataError, ValueError: as :func:`tokenize`, and ``ValueError`` of a ranking without responses.
     """
+    _refuse_others(rankings, Ranking, "read_lists(file)")
     examples = [
         Example(
             ranking.prompt,

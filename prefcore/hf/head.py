@@ -231,7 +231,7 @@ def _compare(model: Any, base: Any, module: nn.Module, head: Head) -> None:
     try:
         theirs = model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True).logits
     except Exception as error:
-        raise NotImplementedError(f"{name} does not run on input_ids and attention_mask alone: {error}") from error
+        raise NotImplementedError(f"a trial of {name} on input_ids and attention_mask alone failed: {error}") from error
     finally:
         hook.remove()
     if not seen:

@@ -14,6 +14,7 @@ from prefcore.data import (
     Preference,
     read_preferences,
     split_by_prompt,
+    tokenize_lists,
     tokenize_pairs,
 )
 
@@ -226,6 +227,13 @@ def test_pairs_of_equal_answers_are_counted(tokenizer, caplog):
     with caplog.at_level(logging.WARNING, "prefcore.data"):
         tokenize_pairs([Preference("a", "b", "b"), Preference("a", "b", "c")], tokenizer)
     assert caplog.messages == ["1 of 2 pairs have the same tokens on both sides and teach nothing"]
+
+
+def test_what_is_no_preference_is_refused_by_name(tokenizer):
+    with pytest.raises(TypeError, match=r"expected prefcore\.data\.Preferences, got dict; .*read_preferences"):
+        tokenize_pairs([{"prompt": "a", "chosen": "b", "rejected": "c"}], tokenizer)
+    with pytest.raises(TypeError, match=r"expected prefcore\.data\.Rankings, got Preference; .*read_lists"):
+        tokenize_lists([Preference("a", "b", "c")], tokenizer)
 
 
 def test_messages_are_rendered_with_the_chat_template(tokenizer):

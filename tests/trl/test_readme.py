@@ -45,7 +45,7 @@ def yours(harness, tmp_path, monkeypatch):
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
         "labels": input_ids.masked_fill(torch.arange(9) < 4, -100),
-        "pairs": PairDataset([([9, 8, 7], [10, 11, 1], [12, 1]), ([8, 7], [13, 1], [14, 15, 1])]),
+        "token_pairs": PairDataset([([9, 8, 7], [10, 11, 1], [12, 1]), ([8, 7], [13, 1], [14, 15, 1])]),
         "arguments": TrainingArguments("output", max_steps=2, report_to=[], use_cpu=True, save_strategy="no"),
     }
 
