@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -61,6 +62,30 @@ def readme_snippet():
         return snippet
 
     return find
+
+
+@pytest.fixture
+def assert_signatures():
+    """That an adapter offers the functions, or classes with methods, of a table, by its signatures."""
+
+    def check(adapter, signatures):
+        assert {place: set(names) for place, names in adapter.ADAPTERS.items()} == {
+            place: set(names) for place, names in signatures.items()
+        }
+        for place, names in signatures.items():
+            for name, signature in names.items():
+                found = adapter.ADAPTERS[place][name]
+                assert getattr(adapter, name) is found
+                methods = signature if isinstance(signature, dict) else {None: signature}
+                for method, expected in methods.items():
+                    function = found if method is None else getattr(found, method)
+                    bare = [
+                        str(one.replace(annotation=inspect.Parameter.empty))
+                        for one in inspect.signature(function).parameters.values()
+                    ]
+                    assert ", ".join(bare) == expected, (name, method)
+
+    return check
 
 
 @pytest.fixture

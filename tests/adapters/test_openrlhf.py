@@ -87,22 +87,8 @@ def by_mode(rows, of_tokens):
     return sum(row.mean() for row in full) / len(full)
 
 
-def test_every_signature_is_that_of_the_version_named():
-    assert {place: set(names) for place, names in ours.ADAPTERS.items()} == {
-        place: set(names) for place, names in SIGNATURES.items()
-    }
-    for place, names in SIGNATURES.items():
-        for name, signature in names.items():
-            found = ours.ADAPTERS[place][name]
-            assert getattr(ours, name) is found
-            methods = signature if isinstance(signature, dict) else {None: signature}
-            for method, expected in methods.items():
-                function = found if method is None else getattr(found, method)
-                bare = [
-                    str(one.replace(annotation=inspect.Parameter.empty))
-                    for one in inspect.signature(function).parameters.values()
-                ]
-                assert ", ".join(bare) == expected, (name, method)
+def test_every_signature_is_that_of_the_version_named(assert_signatures):
+    assert_signatures(ours, SIGNATURES)
 
 
 # -- log-probs, entropies, KL
