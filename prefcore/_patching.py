@@ -118,7 +118,7 @@ class Patch(AbstractContextManager):
     def _in_place(self) -> bool:
         """False where modules were loaded anew since, as in a notebook: these hold the package's own."""
         wanted = [target for target, _ in self._found or () if target.name not in self._skip]
-        return all(self._holder(target)[1].get(target.name.split(".")[-1]) is target.ours for target in wanted)
+        return all(vars(holder).get(name) is one.ours for one in wanted for holder, name in [self._place(one)])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -149,7 +149,8 @@ class Patch(AbstractContextManager):
                 raise RuntimeError(f"{refusal} and did not find it: {error!r}") from error
             raise ImportError(f"{refusal}, which cannot be imported: {error}", name=error.name) from error
         try:
-            found = self._holder(target)[1][target.name.split(".")[-1]]
+            holder, name = self._place(target)
+            found = vars(holder)[name]
         except (AttributeError, KeyError) as error:
             raise RuntimeError(f"{refusal} and did not find it: {error!r}") from error
         try:
@@ -161,12 +162,13 @@ class Patch(AbstractContextManager):
         return found
 
     @staticmethod
-    def _holder(target: Target) -> tuple[Any, Mapping[str, Any]]:
-        """The module or class that has it, and what that holds."""
+    def _place(target: Target) -> tuple[Any, str]:
+        """The module or class that has it, and its name there."""
+        *outer, name = target.name.split(".")
         holder: Any = importlib.import_module(target.module)
-        for outer in target.name.split(".")[:-1]:
-            holder = getattr(holder, outer)
-        return holder, vars(holder)
+        for each in outer:
+            holder = getattr(holder, each)
+        return holder, name
 
     def replace_later(self, target: Target) -> None:
         """In a module that is loaded."""
@@ -175,7 +177,7 @@ class Patch(AbstractContextManager):
         except RuntimeError as error:
             warnings.warn(f"{error}; it stays {self._package.name}'s own", RuntimeWarning, stacklevel=2)
             return
-        holder, name = self._holder(target)[0], target.name.split(".")[-1]
+        holder, name = self._place(target)
         if isinstance(found, staticmethod):
             setattr(holder, name, staticmethod(target.ours(found.__func__)))
             self._undo.append(lambda: setattr(holder, name, found))
