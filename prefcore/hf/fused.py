@@ -17,7 +17,7 @@ import prefcore
 from prefcore._types import OUTPUTS
 from prefcore.hf._peft import unwrapped
 from prefcore.hf._routers import read_config, router_loss
-from prefcore.hf.head import Head, _tolerance, evaluating, find_head
+from prefcore.hf.head import Head, evaluating, find_head, tolerance
 
 _IGNORED = -100
 _PROBE_TOKENS = 8
@@ -342,7 +342,7 @@ def _compare_loss(forward: _FusedForward, head: Head) -> None:
             except Exception as error:
                 raise NotImplementedError(f"{name} gives its loss in a way not known here: {error}") from error
             theirs = theirs.to(mine.device)
-            if not (mine - theirs).abs() <= _tolerance(model.dtype) * theirs.abs().clamp_min(1):
+            if not (mine - theirs).abs() <= tolerance(model.dtype) * theirs.abs().clamp_min(1):
                 raise NotImplementedError(
                     f"the loss of {name} is not the mean of -log p(label): for {', '.join(call)} it is {theirs:.6g}, "
                     f"and that mean {mine:.6g}"

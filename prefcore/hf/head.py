@@ -242,7 +242,7 @@ def _compare(model: Any, base: Any, module: nn.Module, head: Head) -> None:
             f"the head of {name} sees {tuple(seen[0].shape)}, its backbone returns {tuple(hidden.shape)}"
         )
     gap, ratio = _difference(hidden, seen[0])
-    if not gap <= _tolerance(hidden.dtype):  # a NaN does not pass
+    if not gap <= tolerance(hidden.dtype):  # a NaN does not pass
         raise NotImplementedError(
             f"{name} changes the hidden states between its backbone and its head: "
             f"relative difference {gap:.2g}, best single factor {ratio:.6g}"
@@ -253,7 +253,7 @@ def _compare(model: Any, base: Any, module: nn.Module, head: Head) -> None:
     if mine.shape != theirs.shape:
         raise NotImplementedError(f"{name} returns logits {tuple(theirs.shape)}, its head {tuple(mine.shape)}")
     gap, ratio = _difference(mine, theirs)
-    if not gap <= _tolerance(head.weight.dtype):
+    if not gap <= tolerance(head.weight.dtype):
         raise NotImplementedError(
             f"the logits of {name} are not softcap(scale * (hidden @ weight.T + bias)) with "
             f"softcap={head.softcap}, scale={head.logit_scale:.6g}, "
@@ -281,7 +281,7 @@ def _compare_adapters(name: str, module: nn.Module, head: Head, hidden: Tensor) 
         adapters.append(dataclasses.replace(adapter, outer=outer, bias=bias))
     theirs = torch.func.functional_call(module, replaced, (hidden,))
     gap, ratio = _difference(dataclasses.replace(head, adapters=tuple(adapters))._raw(hidden), theirs)
-    if not gap <= _tolerance(head.weight.dtype):
+    if not gap <= tolerance(head.weight.dtype):
         raise NotImplementedError(
             f"the adapters of the head of {name} are not scaling * (hidden @ A.T @ B.T + bias): relative difference "
             f"{gap:.2g}, best single factor {ratio:.6g}"
@@ -295,6 +295,6 @@ def _difference(mine: Tensor, theirs: Tensor) -> tuple[float, float]:
     return float(error), float(mine @ theirs / (mine @ mine).clamp_min(1e-300))
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
     # A few roundings of each logit; wider types may multiply in TF32, or sum in another order.
     return max(4 * torch.finfo(dtype).eps, 2e-3)
